@@ -1,0 +1,145 @@
+"""Blocks: k vectors at once, as one tree whose leaves carry a leading dimension k.
+
+The *coordinates* of a vector are numbered 0 … n−1 through the leaves in order, row-major in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.tree import Tree
+
+
+def width(block: Tree) -> int:
+    """The number k of vectors in ``block``."""
+    return int(tr.leaves(block)[0].shape[0])
+
+
+def stack(vectors: Sequence[Tree]) -> Tree:
+    """The block of the given vectors."""
+    return tr.map_leaves(lambda *rows: torch.stack(rows), *vectors)
+
+
+def unstack(block: Tree) -> list[Tree]:
+    """The vectors of ``block``."""
+    return [tr.map_leaves(lambda leaf, i=i: leaf[i], block) for i in range(width(block))]
+
+
+def chunks(block: Tree, chunk_size: int) -> Iterator[Tree]:
+    """``block`` in consecutive pieces of at most ``chunk_size`` vectors."""
+    for start in range(0, width(block), chunk_size):
+        yield tr.map_leaves(lambda leaf, s=start: leaf[s : s + chunk_size], block)
+
+
+def concatenate(blocks: Sequence[Tree]) -> Tree:
+    """The pieces of :func:`chunks` as one block again."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return tr.map_leaves(lambda *parts: torch.cat(parts), *blocks)
+
+
+def unit_vectors(like: Tree, indices: Tensor) -> Tree:
+    """The block of unit vectors ``e_i`` for the coordinates ``indices``, shape ``(k,)``."""
+    rows = torch.arange(len(indices))
+    block = []
+    for leaf, (where, local) in zip(tr.leaves(like), _locate(like, indices), strict=True):
+        part = leaf.new_zeros((len(indices), *leaf.shape))
+        part[(rows[where], *torch.unravel_index(local, leaf.shape))] = 1.0
+        block.append(part)
+    return tr.unflatten_like(like, block)
+
+
+def scatter(like: Tree, indices: Tensor, values: Tensor) -> Tree:
+    """The vector with ``values``, shape ``(k,)``, at ``indices``, and zero elsewhere."""
+    vector = []
+    for leaf, (where, local) in zip(tr.leaves(like), _locate(like, indices), strict=True):
+        part = torch.zeros_like(leaf)
+        picked = values[where.to(values.device)].to(part)
+        part[torch.unravel_index(local.to(part.device), leaf.shape)] = picked
+        vector.append(part)
+    return tr.unflatten_like(like, vector)
+
+
+def gather(block: Tree, indices: Tensor) -> Tensor:
+    """Entries of every vector at ``indices``; float64, shape ``(k, len(indices))``."""
+    like = tr.map_leaves(lambda leaf: leaf[0], block)
+    first = tr.leaves(block)[0]
+    entries = first.new_zeros((width(block), len(indices)), dtype=_wide(first))
+    for leaf, (where, local) in zip(tr.leaves(block), _locate(like, indices), strict=True):
+        rows = torch.arange(width(block), device=leaf.device)[:, None]
+        picked = leaf[(rows, *torch.unravel_index(local.to(leaf.device), leaf.shape[1:]))]
+        entries[:, where.to(entries.device)] = picked.to(entries)
+    return entries
+
+
+def dots(block: Tree, vector: Tree) -> Tensor:
+    """``Vᵀx``: the inner product of each vector of ``block`` with ``vector``; shape ``(k,)``."""
+    return gram(block, tr.map_leaves(lambda leaf: leaf.unsqueeze(0), vector))[:, 0]
+
+
+def gram(left: Tree, right: Tree) -> Tensor:
+    """``LᵀR`` for two blocks, accumulated in float64 where the device has it; shape ``(k, l)``."""
+    first = tr.leaves(left)[0]
+    total = first.new_zeros((width(left), width(right)), dtype=_wide(first))
+    for a, b in zip(tr.leaves(left), tr.leaves(right), strict=True):
+        for rows_a, rows_b in _slabs(a.flatten(1), b.flatten(1)):
+            total += (rows_a.to(_wide(a)) @ rows_b.to(_wide(b)).T).to(total)
+    return total
+
+
+def combine(block: Tree, coefficients: Tensor) -> Tree:
+    """``Σ_i c_i V_i`` for ``coefficients`` of shape ``(k,)``, or a block for shape ``(m, k)``."""
+
+    def mix(leaf: Tensor) -> Tensor:
+        return torch.tensordot(coefficients.to(leaf), leaf, dims=1)
+
+    return tr.map_leaves(mix, block)
+
+
+def to_matrix(block: Tree) -> Tensor:
+    """The dense ``(k, n)`` matrix of a block, in float64; for small problems."""
+    parts = [leaf.flatten(1) for leaf in tr.leaves(block)]
+    return torch.cat([part.to(device=parts[0].device, dtype=_wide(part)) for part in parts], dim=1)
+
+
+def to_flat(vector: Tree) -> Tensor:
+    """The dense ``(n,)`` vector of a tree, in float64; for small problems."""
+    return to_matrix(tr.map_leaves(lambda leaf: leaf.unsqueeze(0), vector))[0]
+
+
+def from_flat(flat: Tensor, like: Tree) -> Tree:
+    """The inverse of :func:`to_flat`: ``flat`` in the structure, shapes and dtypes of ``like``."""
+    parts = torch.split(flat, [leaf.numel() for leaf in tr.leaves(like)])
+    shaped = [
+        part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, tr.leaves(like), strict=True)
+    ]
+    return tr.unflatten_like(like, shaped)
+
+
+# Rows of a Gram product are widened to float64 a slab at a time, so that the copy stays small.
+_SLAB_COLUMNS = 1 << 16
+
+
+def _slabs(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, a.shape[1], _SLAB_COLUMNS):
+        stop = start + _SLAB_COLUMNS
+        yield a[:, start:stop], b[:, start:stop]
+
+
+def _locate(like: Tree, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each leaf: which of ``indices`` fall into it, and their places inside it."""
+    located = []
+    offset = 0
+    for leaf in tr.leaves(like):
+        where = ((indices >= offset) & (indices < offset + leaf.numel())).nonzero()[:, 0]
+        located.append((where, indices[where] - offset))
+        offset += leaf.numel()
+    return located
+
+
+def _wide(leaf: Tensor) -> torch.dtype:
+    return torch.float32 if leaf.device.type == "mps" else torch.float64

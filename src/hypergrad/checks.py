@@ -1,0 +1,168 @@
+"""Bad input is refused here, once, before any work.
+
+Every message names the argument, what was given and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.tree import Tree
+
+
+def check_objective(objective: Any, name: str) -> None:
+    """Raise ``TypeError`` unless ``objective`` can be called."""
+    if not callable(objective):
+        raise TypeError(
+            f"{name} must be a function of (params, hparams) that returns a scalar tensor, "
+            f"got {type(objective).__name__}"
+        )
+
+
+def check_tree(tree: Tree, name: str) -> None:
+    """Raise unless ``tree`` has leaves, all of them floating-point tensors.
+
+    Raises:
+        TypeError: a leaf is no tensor, or an integer, boolean or complex one.
+        ValueError: there is no leaf, no leaf has an element, or one tensor stands in two places.
+    """
+    if isinstance(tree, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a tree of tensors, got the module {type(tree).__name__}; "
+            "pass dict(module.named_parameters())"
+        )
+    paths, found, _ = optree.tree_flatten_with_path(tree)
+    seen: dict[int, str] = {}
+    for path, leaf in zip(paths, found, strict=True):
+        where = name + "".join(f"[{key!r}]" for key in path)
+        if not isinstance(leaf, Tensor):
+            hint = "; pass tuple(...) of it" if hasattr(leaf, "__next__") else ""
+            raise TypeError(f"{where} must be a tensor, got {type(leaf).__name__}{hint}")
+        if not leaf.is_floating_point():
+            raise TypeError(f"{where} must be a floating-point tensor, got dtype {leaf.dtype}")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{where} must be a dense tensor, got layout {leaf.layout}")
+        if id(leaf) in seen:
+            raise ValueError(
+                f"{name} must hold each tensor once, got one at {seen[id(leaf)]} and {where}"
+            )
+        seen[id(leaf)] = where
+    if not found:
+        raise ValueError(f"{name} must hold at least one tensor, got {tree!r}")
+    if tr.size(tree) == 0:
+        raise ValueError(f"{name} must hold at least one element, got only tensors of size 0")
+
+
+def check_like(tree: Tree, reference: Tree, name: str, reference_name: str) -> None:
+    """Raise ``ValueError`` unless ``tree`` is a vector of the space of ``reference``.
+
+    That is: the same structure, shapes and devices, and dtypes that are equal or wider.
+    """
+    check_tree(tree, name)
+    check_structure(tree, reference, name, reference_name)
+    for leaf, ref in zip(tr.leaves(tree), tr.leaves(reference), strict=True):
+        wider = torch.promote_types(leaf.dtype, ref.dtype) == leaf.dtype
+        if leaf.device != ref.device or not wider:
+            raise ValueError(
+                f"{name} must have the dtypes (or wider ones) and devices of {reference_name}, "
+                f"got a leaf of {leaf.dtype} on {leaf.device} where {ref.dtype} on {ref.device} "
+                "was expected"
+            )
+
+
+def check_structure(
+    tree: Tree, reference: Tree, name: str, reference_name: str, *, leading: int = 0
+) -> None:
+    """Raise ``ValueError`` unless structure and shapes match, after ``leading`` dimensions."""
+    given, expected = optree.tree_structure(tree), optree.tree_structure(reference)
+    if given != expected:
+        raise ValueError(
+            f"{name} must have the structure of {reference_name}, got {given}, expected {expected}"
+        )
+    for leaf, ref in zip(tr.leaves(tree), tr.leaves(reference), strict=True):
+        if leaf.shape[leading:] != ref.shape or leaf.ndim != ref.ndim + leading:
+            prefix = "(k, ...) + " if leading else ""
+            raise ValueError(
+                f"{name} must have the shapes of {reference_name}, got a leaf of shape "
+                f"{tuple(leaf.shape)} where {prefix}{tuple(ref.shape)} was expected"
+            )
+
+
+def check_value(value: Any, name: str) -> None:
+    """Raise unless an objective returned a finite real scalar.
+
+    Raises:
+        TypeError: ``value`` is no tensor, or not a floating-point one.
+        ValueError: ``value`` has more than one element, or is infinite or NaN.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a scalar tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must return a floating-point scalar, got dtype {value.dtype}")
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} must return a scalar, got shape {tuple(value.shape)}; "
+            "reduce it, for example with .mean()"
+        )
+    if not math.isfinite(value.item()):
+        raise ValueError(f"{name} must return a finite value, got {value.item()}")
+
+
+def check_dependence(gradients: Sequence[Tensor | None], name: str) -> None:
+    """Raise ``ValueError`` if an objective's gradients show that it uses no inner parameter."""
+    if all(grad is None for grad in gradients):
+        raise ValueError(
+            f"{name} must depend on the inner parameters, got a value that does not; compute it "
+            "from the params argument (for a module: torch.func.functional_call), without detaching"
+        )
+
+
+def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_number(
+    value: Any,
+    name: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+) -> None:
+    """Raise unless ``value`` is a finite real number, ``> above`` and ``≥ at_least``.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: infinite, NaN or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= above or value < at_least:
+        bound = f" > {above:g}" if above > -math.inf else ""
+        bound = f" >= {at_least:g}" if at_least > -math.inf else bound
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+
+
+def check_count(value: Any, name: str, *, optional: bool = False) -> None:
+    """Raise unless ``value`` is an integer ≥ 1 (or ``None`` where ``optional``).
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below 1.
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        expected = "an integer >= 1 or None" if optional else "an integer >= 1"
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

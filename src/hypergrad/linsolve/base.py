@@ -1,0 +1,138 @@
+"""The contract of every linear solver."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_like
+from hypergrad.linsolve.solution import Solution, Status
+from hypergrad.operators.base import LinearOperator
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method found for a system whose right-hand side has norm about 1.
+
+    Attributes:
+        x: the answer.
+        status: how it ended; ``NON_FINITE`` outcomes still hold a finite ``x``.
+        iterations: how many were done.
+        residual_norm: ``‖b − A x‖`` measured for this ``x``, ``None`` if it was not.
+        residuals: the norms after each iteration, if recorded.
+    """
+
+    x: Tree
+    status: Status
+    iterations: int
+    residual_norm: float | None
+    residuals: tuple[float, ...] | None = None
+
+
+class LinearSolver(ABC):
+    """Solves ``A x = b`` for a map A on trees; a frozen dataclass of its options.
+
+    A new solver implements :meth:`solve_scaled`; :meth:`solve` does for all of them what is the
+    same: it checks the input, widens half precision, scales b to norm 1 (so that a tiny b in low
+    precision does not underflow), starts from x0 by solving for the correction ``A e = b − A x0``,
+    and counts the products.
+    """
+
+    @abstractmethod
+    def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
+        """Solve ``A x = rhs`` from x = 0.
+
+        Args:
+            operator: A.
+            rhs: the scaled right-hand side, finite and not zero, float32 or wider.
+            rhs_scale: the norm of the caller's right-hand side, by which it was divided; tolerances
+                relative to it are tolerances here, absolute ones are divided by it.
+        """
+
+    def solve(self, operator: LinearOperator, rhs: Tree, *, x0: Tree | None = None) -> Solution:
+        """Solve ``A x = b``.
+
+        Args:
+            operator: A.
+            rhs: b, in the structure of ``operator.like``.
+            x0: where to start, such as the solution of a similar system. The default is zero.
+
+        Returns:
+            The answer and the receipt. A failed solve returns its best iterate and a status that
+            says why; it does not raise.
+
+        Raises:
+            TypeError, ValueError: ``rhs`` or ``x0`` is no vector of the operator's space.
+        """
+        check_like(rhs, operator.like, "rhs", "the operator's vectors")
+        if x0 is not None:
+            check_like(x0, operator.like, "x0", "the operator's vectors")
+        counted = _Counted(operator)
+        rhs = tr.at_least_float32(tr.detach(rhs))
+        scale = tr.norm(rhs)
+        if scale == 0.0:
+            return Solution(tr.zeros_like(rhs), Status.CONVERGED, 0, 0, 0.0)
+        if not _finite(scale):
+            return Solution(tr.zeros_like(rhs), Status.NON_FINITE, 0, 0, None)
+
+        unit = tr.divide(rhs, scale)
+        start = None if x0 is None else tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
+        if start is not None:
+            residual = tr.subtract(unit, counted.matvec(start))
+            if _finite(tr.norm(residual)):
+                unit = residual
+            else:
+                start = None
+        outcome = self.solve_scaled(counted, unit, scale)
+        x = outcome.x if start is None else tr.add(start, outcome.x)
+        x = tr.scale(x, scale)
+        if not tr.is_finite(x):
+            outcome = replace(outcome, status=Status.NON_FINITE, residual_norm=None)
+            x = tr.zeros_like(rhs)
+        return Solution(
+            x,
+            outcome.status,
+            outcome.iterations,
+            counted.matvecs,
+            outcome.residual_norm if _finite(outcome.residual_norm or 0.0) else None,
+            outcome.residuals,
+        )
+
+
+def residual_norm(operator: LinearOperator, x: Tree, rhs: Tree) -> float:
+    """``‖b − A x‖``, for one product."""
+    return tr.norm(tr.subtract(rhs, operator.matvec(x)))
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+class _Counted(LinearOperator):
+    """An operator that counts its products."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self._operator = operator
+        self.matvecs = 0
+
+    @property
+    def like(self) -> Tree:
+        return self._operator.like
+
+    @property
+    def symmetric(self) -> bool:
+        return self._operator.symmetric
+
+    @property
+    def default_chunk_size(self) -> int:
+        return self._operator.default_chunk_size
+
+    def matvec(self, vector: Tree) -> Tree:
+        self.matvecs += 1
+        return self._operator.matvec(vector)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        self.matvecs += len(tr.leaves(block)[0])
+        return self._operator.multiply_chunk(block)

@@ -1,0 +1,22 @@
+"""Linear maps on trees: curvature, damping, given matrices."""
+
+from hypergrad.operators.auto import Mode, hessian
+from hypergrad.operators.base import LinearOperator
+from hypergrad.operators.damped import Damped
+from hypergrad.operators.finite_difference import FiniteDifferenceHessian
+from hypergrad.operators.forward import ForwardHessian
+from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.matrix import Matrix
+from hypergrad.operators.reverse import ReverseHessian
+
+__all__ = [
+    "Damped",
+    "FiniteDifferenceHessian",
+    "ForwardHessian",
+    "Hessian",
+    "LinearOperator",
+    "Matrix",
+    "Mode",
+    "ReverseHessian",
+    "hessian",
+]

@@ -1,0 +1,94 @@
+"""The Hessian in whichever mode the inner objective allows."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, TypeAlias
+
+from hypergrad.checks import check_choice
+from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
+from hypergrad.evaluation import Objective
+from hypergrad.operators.finite_difference import FiniteDifferenceHessian
+from hypergrad.operators.forward import ForwardHessian
+from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.reverse import ReverseHessian
+from hypergrad.tree import Tree
+
+Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference"]
+
+
+def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto") -> Hessian:
+    """The Hessian ``∂²f/∂θ²`` of an inner objective, with its outer side.
+
+    Args:
+        inner: ``f(params, hparams)``, returns a scalar tensor.
+        params: θ, a tree of floating-point tensors.
+        hparams: φ, likewise.
+        mode: how products are computed. ``"reverse"``: over a kept graph, the fastest.
+            ``"forward"``: forward over reverse, nothing kept, for graphs that do not fit in memory.
+            ``"finite-difference"``: central differences of first gradients, for models without
+            second derivatives. ``"auto"``: reverse, or finite differences where that fails, with
+            one :class:`DoubleBackwardWarning` that names the operation.
+
+    Raises:
+        TypeError, ValueError: bad trees, an unknown mode, or an ``inner`` that is not a finite
+            scalar function of ``params``.
+        DoubleBackwardError: ``mode="reverse"`` and an operation has no second derivative.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> H = hg.operators.hessian(lambda w, c: (c * w**3).sum(), torch.ones(2), torch.ones(2))
+        >>> H.matvec(torch.tensor([1.0, 2.0]))
+        tensor([ 6., 12.])
+    """
+    check_choice(mode, "mode", ("auto", "reverse", "forward", "finite-difference"))
+    return _MODES[mode](inner, params, hparams)
+
+
+class AutoHessian(Hessian):
+    """Reverse mode; finite differences once an operation without second derivative is met."""
+
+    def linearise(self) -> tuple[float, Tree]:
+        try:
+            self._active = self._in_mode(ReverseHessian)
+        except DoubleBackwardError as error:
+            self._fall_back(error)
+        return self._active.value, self._active.gradient
+
+    @property
+    def default_chunk_size(self) -> int:
+        return self._active.default_chunk_size
+
+    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+        try:
+            return self._active.differentiate_gradient(vector, outer=outer)
+        except DoubleBackwardError as error:
+            self._fall_back(error)
+            return self._active.differentiate_gradient(vector, outer=outer)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        try:
+            return self._active.multiply_chunk(block)
+        except DoubleBackwardError as error:
+            self._fall_back(error)
+            return self._active.multiply_chunk(block)
+
+    def _fall_back(self, error: DoubleBackwardError) -> None:
+        warnings.warn(
+            f"{error.operation} has no second derivative in PyTorch: going on with finite "
+            "differences of first gradients (mode='finite-difference')",
+            DoubleBackwardWarning,
+            stacklevel=2,
+        )
+        self._active = self._in_mode(FiniteDifferenceHessian)
+
+    def _in_mode(self, mode: type[Hessian]) -> Hessian:
+        return mode(self._inner, self._params, self._hparams, self._random_state)
+
+
+_MODES: dict[str, type[Hessian]] = {
+    "auto": AutoHessian,
+    "reverse": ReverseHessian,
+    "forward": ForwardHessian,
+    "finite-difference": FiniteDifferenceHessian,
+}

@@ -1,0 +1,91 @@
+"""The contract of every linear map on trees."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hypergrad import block as bl
+from hypergrad import tree as tr
+from hypergrad.checks import check_count, check_structure
+from hypergrad.tree import Tree
+
+
+class LinearOperator(ABC):
+    """A square linear map ``v ↦ A v`` on vectors with the structure of ``like``.
+
+    A vector may come in a wider dtype than ``like``; the product comes back in the vector's dtype.
+    A *block* is k vectors at once: the same tree with a leading dimension k on every leaf.
+    """
+
+    @property
+    @abstractmethod
+    def like(self) -> Tree:
+        """A vector of the space: the structure, shapes, dtypes and devices that A works on."""
+
+    @property
+    @abstractmethod
+    def symmetric(self) -> bool:
+        """Whether A is known to equal its transpose."""
+
+    @property
+    @abstractmethod
+    def default_chunk_size(self) -> int:
+        """How many vectors of a block :meth:`matmat` multiplies at once, unless told."""
+
+    @abstractmethod
+    def matvec(self, vector: Tree) -> Tree:
+        """``A v``."""
+
+    @abstractmethod
+    def multiply_chunk(self, block: Tree) -> Tree:
+        """``A V`` for all vectors of ``block`` at once; :meth:`matmat` bounds their number."""
+
+    def matmat(self, block: Tree, *, chunk_size: int | None = None) -> Tree:
+        """``A V`` for a block of k vectors.
+
+        Args:
+            block: a tree like ``like`` with a leading dimension k on every leaf.
+            chunk_size: how many vectors are multiplied at once, at most. More is faster where
+                launching kernels costs more than running them, and takes memory for the
+                intermediate results of all of them. ``None``: ``default_chunk_size``.
+
+        Raises:
+            ValueError: ``block`` has another structure or shape, or ``chunk_size`` is below 1.
+        """
+        check_count(chunk_size, "chunk_size", optional=True)
+        check_structure(block, self.like, "block", "the operator's vectors", leading=1)
+        step = chunk_size or self.default_chunk_size
+        return bl.concatenate([self.multiply_chunk(part) for part in bl.chunks(block, step)])
+
+    def columns(self, indices: Tensor, *, chunk_size: int | None = None) -> Iterator[Tree]:
+        """The columns ``A e_i`` at coordinates ``indices``, in blocks of ``chunk_size``."""
+        for part in indices.split(chunk_size or self.default_chunk_size):
+            yield self.matmat(bl.unit_vectors(self.like, part), chunk_size=chunk_size)
+
+    def diagonal(self, *, chunk_size: int | None = None) -> Tree:
+        """The exact diagonal of A, from n products; for small problems and tests."""
+        every = torch.arange(tr.size(self.like))
+        entries = [
+            bl.gather(columns, part).diagonal()
+            for part, columns in zip(
+                every.split(chunk_size or self.default_chunk_size),
+                self.columns(every, chunk_size=chunk_size),
+                strict=True,
+            )
+        ]
+        return bl.from_flat(torch.cat(entries), self.like)
+
+    def dense(self, *, chunk_size: int | None = None) -> Tensor:
+        """A as a float64 ``(n, n)`` matrix, from n products; for small problems and tests."""
+        every = torch.arange(tr.size(self.like))
+        columns = [bl.to_matrix(part) for part in self.columns(every, chunk_size=chunk_size)]
+        return torch.cat(columns).T.contiguous()
+
+
+def one_by_one(operator: LinearOperator, block: Tree) -> Tree:
+    """``A V`` vector by vector, for operators that gain nothing from a batch."""
+    return bl.stack([operator.matvec(vector) for vector in bl.unstack(block)])

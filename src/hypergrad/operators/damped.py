@@ -1,0 +1,50 @@
+"""Damping: ``A + λ I``."""
+
+from __future__ import annotations
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_number
+from hypergrad.operators.base import LinearOperator
+from hypergrad.tree import Tree
+
+
+class Damped(LinearOperator):
+    """The map ``v ↦ A v + λ v``, which moves every eigenvalue of A up by λ.
+
+    Args:
+        operator: A.
+        damping: λ ≥ 0.
+
+    Raises:
+        TypeError, ValueError: ``damping`` is not a finite number ≥ 0.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.operators import Damped, Matrix
+        >>> Damped(Matrix(torch.zeros(2, 2)), 0.5).dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]], dtype=torch.float64)
+    """
+
+    def __init__(self, operator: LinearOperator, damping: float) -> None:
+        check_number(damping, "damping", at_least=0.0)
+        self._operator = operator
+        self._damping = damping
+
+    @property
+    def like(self) -> Tree:
+        return self._operator.like
+
+    @property
+    def symmetric(self) -> bool:
+        return self._operator.symmetric
+
+    @property
+    def default_chunk_size(self) -> int:
+        return self._operator.default_chunk_size
+
+    def matvec(self, vector: Tree) -> Tree:
+        return tr.add(self._operator.matvec(vector), vector, self._damping)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return tr.add(self._operator.multiply_chunk(block), block, self._damping)

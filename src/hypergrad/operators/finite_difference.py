@@ -1,0 +1,50 @@
+"""Hessian products by central differences of first gradients."""
+
+from __future__ import annotations
+
+from hypergrad import tree as tr
+from hypergrad.evaluation import filled, fresh_leaves, gradient, leaving_no_trace
+from hypergrad.operators.base import one_by_one
+from hypergrad.operators.hessian import Hessian
+from hypergrad.tree import Tree
+
+
+class FiniteDifferenceHessian(Hessian):
+    """``(∇f(θ + εv) − ∇f(θ − εv)) / 2ε``, in θ for ``H v`` and in φ for ``(∂_φ F)ᵀ v``.
+
+    It needs a backward pass and nothing else, so any model works, with fused kernels and all. The
+    displacement has the length ``ε ‖v‖ = u^(1/3) (1 + max|θ|)``, u the machine epsilon of the
+    parameters' dtype: truncation O(ε²) and rounding O(u/ε) then balance (Nocedal & Wright 2006,
+    §8.1). Time: two gradients and a little a product. Relative error: about 1e-9 in float64 and
+    1e-4 in float32, more where f varies over lengths much shorter than 1.
+    """
+
+    def linearise(self) -> tuple[float, Tree]:
+        largest = max(float(leaf.abs().max()) for leaf in tr.leaves(self._params) if leaf.numel())
+        self._displacement = tr.epsilon(self._params) ** (1 / 3) * (1 + largest)
+        value = self.inner_value(self._params)
+        with leaving_no_trace(twice=False):
+            return value.item(), self.inner_gradient(value)
+
+    @property
+    def default_chunk_size(self) -> int:
+        return 1
+
+    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+        length = tr.norm(vector)
+        if length == 0.0:
+            return tr.zeros_like(self._hparams if outer else self._params)
+        step = self._displacement / length
+        ahead = self._gradient_at(step, vector, outer=outer)
+        behind = self._gradient_at(-step, vector, outer=outer)
+        return tr.divide(tr.subtract(ahead, behind), 2 * step)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return one_by_one(self, block)
+
+    def _gradient_at(self, step: float, vector: Tree, *, outer: bool) -> Tree:
+        displaced = fresh_leaves(tr.add(tr.detach(self._params), vector, step))
+        value = self.inner_value(displaced)
+        inputs = self._hparams if outer else displaced
+        with leaving_no_trace(twice=False):
+            return filled(gradient(value, inputs), inputs)

@@ -1,0 +1,64 @@
+"""A given dense matrix as an operator on trees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypergrad import block as bl
+from hypergrad import tree as tr
+from hypergrad.checks import check_tree
+from hypergrad.operators.base import LinearOperator
+from hypergrad.tree import Tree
+
+
+class Matrix(LinearOperator):
+    """The map ``v ↦ M v`` of a dense matrix, for tests and for small systems at hand.
+
+    Args:
+        matrix: shape ``(n, n)``.
+        like: a vector of n elements in any structure; the default is one flat tensor.
+
+    Raises:
+        TypeError: a leaf of ``like`` is no floating-point tensor.
+        ValueError: ``matrix`` is not ``(n, n)``.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.operators import Matrix
+        >>> Matrix(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).matvec(torch.tensor([1.0, 0.0]))
+        tensor([2., 1.])
+    """
+
+    def __init__(self, matrix: Tensor, like: Tree | None = None) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must have shape (n, n), got {tuple(matrix.shape)}")
+        self._like = matrix.new_zeros(len(matrix)) if like is None else like
+        check_tree(self._like, "like")
+        if bl.to_flat(self._like).numel() != len(matrix):
+            raise ValueError(
+                f"like must have n = {len(matrix)} elements, got {bl.to_flat(self._like).numel()}"
+            )
+        self._matrix = matrix
+        self._symmetric = bool(torch.equal(matrix, matrix.T))
+
+    @property
+    def like(self) -> Tree:
+        return self._like
+
+    @property
+    def symmetric(self) -> bool:
+        return self._symmetric
+
+    @property
+    def default_chunk_size(self) -> int:
+        return len(self._matrix)
+
+    def matvec(self, vector: Tree) -> Tree:
+        product = self._matrix @ bl.to_flat(vector).to(self._matrix)
+        return bl.from_flat(product, vector)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        products = bl.to_matrix(block).to(self._matrix) @ self._matrix.T
+        like = tr.map_leaves(lambda leaf: leaf[0], block)
+        return bl.stack([bl.from_flat(row, like) for row in products])

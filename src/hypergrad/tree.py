@@ -1,0 +1,137 @@
+"""Pytrees of tensors as vectors: the only vector arithmetic of the library.
+
+A *tree* is any nesting of tuples, lists, dicts and the like whose leaves are floating-point
+tensors. Every operation works leaf by leaf, never on one flat copy, so that sharded and
+mixed-device trees work unchanged. Nothing here changes a tensor in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = Any
+"""A nesting of containers whose leaves are tensors; the word for θ, φ and every vector."""
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of ``tree``, in the order of its structure."""
+    return optree.tree_leaves(tree)
+
+
+def map_leaves(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """``function`` applied to each leaf of ``tree`` (and to the matching leaves of ``others``)."""
+    return optree.tree_map(function, tree, *others)
+
+
+def unflatten_like(tree: Tree, values: Sequence[Tensor]) -> Tree:
+    """``values`` arranged in the structure of ``tree``."""
+    return optree.tree_unflatten(optree.tree_structure(tree), values)
+
+
+def size(tree: Tree) -> int:
+    """The number n of scalars in ``tree``."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """The zero vector of the same structure, shapes, dtypes and devices."""
+    return map_leaves(torch.zeros_like, tree)
+
+
+def detach(tree: Tree) -> Tree:
+    """The same values, cut from any autograd graph."""
+    return map_leaves(torch.Tensor.detach, tree)
+
+
+def cast_like(tree: Tree, reference: Tree) -> Tree:
+    """``tree`` with each leaf in the dtype of the matching leaf of ``reference``."""
+    return map_leaves(lambda leaf, ref: leaf.to(ref.dtype), tree, reference)
+
+
+def at_least_float32(tree: Tree) -> Tree:
+    """``tree`` with its half-precision leaves widened to float32, the others as they are."""
+    return map_leaves(
+        lambda leaf: leaf.float() if torch.finfo(leaf.dtype).bits < 32 else leaf, tree
+    )
+
+
+def epsilon(tree: Tree) -> float:
+    """The coarsest machine epsilon among the dtypes of ``tree``."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves(tree))
+
+
+def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
+    """``x + alpha y``."""
+    return unflatten_like(x, torch._foreach_add(leaves(x), leaves(y), alpha=alpha))
+
+
+def subtract(x: Tree, y: Tree) -> Tree:
+    """``x − y``."""
+    return unflatten_like(x, torch._foreach_sub(leaves(x), leaves(y)))
+
+
+def scale(x: Tree, alpha: float) -> Tree:
+    """``alpha x``."""
+    return unflatten_like(x, torch._foreach_mul(leaves(x), alpha))
+
+
+def divide(x: Tree, alpha: float) -> Tree:
+    """``x / alpha``; where ``1 / alpha`` overflows, this does not."""
+    return unflatten_like(x, torch._foreach_div(leaves(x), alpha))
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """``⟨x, y⟩`` as a 0-dimensional tensor, accumulated in float32 or better.
+
+    It stays on its device: collect several with :func:`to_floats` for one copy to the host.
+    """
+    return _total(
+        [
+            (a * b).sum() if torch.finfo(a.dtype).bits >= 32 else (a.float() * b.float()).sum()
+            for a, b in zip(leaves(x), leaves(y), strict=True)
+        ]
+    )
+
+
+def norm(x: Tree) -> float:
+    """``‖x‖₂``, with squares taken in float64 where the device has it, so that none underflows."""
+    squares = []
+    for leaf in leaves(x):
+        wide = torch.float32 if leaf.device.type == "mps" else torch.float64
+        squares.append(torch.linalg.vector_norm(leaf, dtype=wide).square())
+    return math.sqrt(float(_total(squares)))
+
+
+def to_floats(*scalars: Tensor) -> list[float]:
+    """The values of 0-dimensional tensors on one device, in a single copy to the host."""
+    return torch.stack(scalars).tolist()
+
+
+def is_finite(tree: Tree) -> bool:
+    """Whether no leaf holds an infinity or a NaN; one copy to the host."""
+    return bool(_total([(~torch.isfinite(leaf)).sum() for leaf in leaves(tree)]) == 0)
+
+
+def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
+    """A standard normal vector. Drawn on the generator's device, so the same on every device."""
+
+    def draw(leaf: Tensor) -> Tensor:
+        drawn = torch.randn(leaf.shape, generator=generator, device=generator.device)
+        return drawn.to(device=leaf.device, dtype=leaf.dtype)
+
+    return map_leaves(draw, tree)
+
+
+def _total(scalars: list[Tensor]) -> Tensor:
+    first = scalars[0]
+    if len(scalars) == 1:
+        return first
+    # Mixed trees: one dtype and one device for the sum, the widest and the first.
+    dtype = max((s.dtype for s in scalars), key=lambda d: d.itemsize)
+    return torch.stack([s.to(device=first.device, dtype=dtype) for s in scalars]).sum()
