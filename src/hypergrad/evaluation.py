@@ -80,8 +80,8 @@ def evaluate(
     """
     with leaving_no_trace(twice=twice), random_state.replayed():
         value = objective(params, hparams)
-    check_value(value, name)
-    return value.reshape(())
+        check_value(value, name)
+        return value.reshape(())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
@@ -129,13 +130,15 @@ def hypergradient(
         check_like(x0, params, "x0", "params")
     check_choice(on_failure, "on_failure", ("warn", "raise", "ignore"))
 
-    outer_value, rhs, direct = _outer_gradients(outer, params, hparams)
-    curvature = hessian(inner, params, hparams, mode=mode)
-    operator = Damped(curvature, damping) if damping > 0.0 else curvature
-    solution = solver.solve(operator, rhs, x0=x0)
+    with torch.inference_mode(False), torch.no_grad():
+        outer_value, rhs, direct = _outer_gradients(outer, params, hparams)
+        curvature = hessian(inner, params, hparams, mode=mode)
+        operator = Damped(curvature, damping) if damping > 0.0 else curvature
+        solution = solver.solve(operator, rhs, x0=x0)
+        grads = tr.subtract(direct, curvature.vjp_outer(solution.x))
+        inner_grad_norm = tr.norm(curvature.gradient)
     report_failure(solver, solution, on_failure)
-    grads = tr.subtract(direct, curvature.vjp_outer(solution.x))
-    return Hypergradient(grads, solution, tr.norm(curvature.gradient), curvature.value, outer_value)
+    return Hypergradient(grads, solution, inner_grad_norm, curvature.value, outer_value)
 
 
 def accumulate_grad(hparams: Tree, grads: Tree) -> None:

@@ -15,8 +15,6 @@ from hypergrad.tree import Tree
 
 # A true residual costs a product: often enough to see rounding, rarely enough to cost a tenth.
 _TRUE_RESIDUAL_EVERY = 10
-# How many true residuals must show rounding alone before the solve gives up.
-_MAX_DETACHED = 3
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,11 @@ class CG(LinearSolver):
             )
 
     # Deviations from the textbook:
-    # - The residual is b − A x, not the recurrence's, every few iterations and whenever the
-    #   recurrence claims convergence: in floating point the two drift apart.
-    # - Where they differ by as much as they measure, the iteration only turns rounding over: after
-    #   three such sightings it stops as STAGNATED.
+    # - b − A x is computed every few iterations and whenever the recurrence claims convergence,
+    #   since in floating point the two drift apart. The recurrence goes on undisturbed (replacing r
+    #   while p stays makes CG diverge near the limit of the precision) until they differ by half:
+    #   then CG starts again from the true residual, as iterative refinement does.
+    # - A restart that did not halve the residual of the one before shows rounding: STAGNATED.
     # - A direction whose curvature is negative, or zero to rounding beside the largest one met,
     #   ends the solve with the iterate of least residual.
     # - Scalars are read by the host twice an iteration, several in one copy.
@@ -83,7 +82,7 @@ class CG(LinearSolver):
         history = [norm]
         best, best_norm = x, norm
         largest_curvature = 0.0
-        detached = 0
+        restart_norm = math.inf
         iteration = 0
 
         while status is Status.MAX_ITERATIONS and iteration < maxiter:
@@ -107,15 +106,15 @@ class CG(LinearSolver):
             measured = None
             drifted = False
             if norm <= tolerance or iteration % _TRUE_RESIDUAL_EVERY == 0:
-                recurred = r
-                r = tr.subtract(rhs, operator.matvec(x))
-                norm = measured = _norm(r)
-                drifted = _norm(tr.subtract(r, recurred)) >= 0.5 * norm
-                detached += drifted
-                if norm <= tolerance:
+                true_r = tr.subtract(rhs, operator.matvec(x))
+                measured, drift = _norm(true_r), _norm(tr.subtract(true_r, r))
+                drifted = drift >= 0.5 * measured
+                if measured <= tolerance:
                     status = Status.CONVERGED
-                elif detached == _MAX_DETACHED:
-                    status = Status.STAGNATED
+                elif drifted:
+                    status = Status.STAGNATED if measured > 0.5 * restart_norm else status
+                    r, norm, restart_norm = true_r, measured, measured
+                    best_norm = math.inf  # earlier norms were the recurrence's own belief
             if not math.isfinite(norm):
                 status = Status.NON_FINITE
                 break
@@ -127,7 +126,6 @@ class CG(LinearSolver):
 
             rz_old = rz
             z, rz = self._precondition(r, norm)
-            # After a drift p is conjugate to nothing any more: start again from z.
             p = z if drifted else tr.add(z, p, rz / rz_old)
 
         # The error of CG falls with every iteration even where the residual rises (Hestenes &

@@ -32,12 +32,10 @@ class ForwardHessian(Hessian):
         return 1
 
     def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), leaving_no_trace(twice=True):
             dual = tr.map_leaves(forward_ad.make_dual, self._params, vector)
             value = self.inner_value(dual, twice=True)
-            inputs = self._hparams if outer else dual
-            with leaving_no_trace(twice=True):
-                grads = gradient(value, inputs)
+            grads = gradient(value, self._hparams if outer else dual)
             tangents = [
                 None if grad is None else forward_ad.unpack_dual(grad).tangent for grad in grads
             ]
