@@ -225,6 +225,11 @@ LARGE: list[Callable[[], Problem]] = [
 ALL = SMALL + LARGE
 
 
+def traits(problem: Callable[[], Problem]) -> tuple[int, float]:
+    """Bounds on n and on the condition number, without building the problem."""
+    return problem.args if isinstance(problem, partial) else (60, 200.0)
+
+
 def name_of(problem: Callable[[], Problem]) -> str:
     """For pytest's ids, without building the problem."""
     if isinstance(problem, partial):

@@ -5,6 +5,7 @@ The *coordinates* of a vector are numbered 0 … n−1 through the leaves in ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,12 +45,11 @@ def concatenate(blocks: Sequence[Tree]) -> Tree:
 
 def unit_vectors(like: Tree, indices: Tensor) -> Tree:
     """The block of unit vectors ``e_i`` for the coordinates ``indices``, shape ``(k,)``."""
-    rows = torch.arange(len(indices))
     block = []
     for leaf, (where, local) in zip(tr.leaves(like), _locate(like, indices), strict=True):
-        part = leaf.new_zeros((len(indices), *leaf.shape))
-        part[(rows[where], *torch.unravel_index(local, leaf.shape))] = 1.0
-        block.append(part)
+        part = leaf.new_zeros((len(indices), leaf.numel()))
+        part[where, local] = 1.0
+        block.append(part.reshape(len(indices), *leaf.shape))
     return tr.unflatten_like(like, block)
 
 
@@ -57,10 +57,9 @@ def scatter(like: Tree, indices: Tensor, values: Tensor) -> Tree:
     """The vector with ``values``, shape ``(k,)``, at ``indices``, and zero elsewhere."""
     vector = []
     for leaf, (where, local) in zip(tr.leaves(like), _locate(like, indices), strict=True):
-        part = torch.zeros_like(leaf)
-        picked = values[where.to(values.device)].to(part)
-        part[torch.unravel_index(local.to(part.device), leaf.shape)] = picked
-        vector.append(part)
+        part = leaf.new_zeros(leaf.numel())
+        part[local] = values[where].to(part)
+        vector.append(part.reshape(leaf.shape))
     return tr.unflatten_like(like, vector)
 
 
@@ -70,9 +69,7 @@ def gather(block: Tree, indices: Tensor) -> Tensor:
     first = tr.leaves(block)[0]
     entries = first.new_zeros((width(block), len(indices)), dtype=_wide(first))
     for leaf, (where, local) in zip(tr.leaves(block), _locate(like, indices), strict=True):
-        rows = torch.arange(width(block), device=leaf.device)[:, None]
-        picked = leaf[(rows, *torch.unravel_index(local.to(leaf.device), leaf.shape[1:]))]
-        entries[:, where.to(entries.device)] = picked.to(entries)
+        entries[:, where] = _rows(leaf)[:, local].to(entries)
     return entries
 
 
@@ -86,7 +83,7 @@ def gram(left: Tree, right: Tree) -> Tensor:
     first = tr.leaves(left)[0]
     total = first.new_zeros((width(left), width(right)), dtype=_wide(first))
     for a, b in zip(tr.leaves(left), tr.leaves(right), strict=True):
-        for rows_a, rows_b in _slabs(a.flatten(1), b.flatten(1)):
+        for rows_a, rows_b in _slabs(_rows(a), _rows(b)):
             total += (rows_a.to(_wide(a)) @ rows_b.to(_wide(b)).T).to(total)
     return total
 
@@ -102,7 +99,7 @@ def combine(block: Tree, coefficients: Tensor) -> Tree:
 
 def to_matrix(block: Tree) -> Tensor:
     """The dense ``(k, n)`` matrix of a block, in float64; for small problems."""
-    parts = [leaf.flatten(1) for leaf in tr.leaves(block)]
+    parts = [_rows(leaf) for leaf in tr.leaves(block)]
     return torch.cat([part.to(device=parts[0].device, dtype=_wide(part)) for part in parts], dim=1)
 
 
@@ -139,6 +136,10 @@ def _locate(like: Tree, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
         located.append((where, indices[where] - offset))
         offset += leaf.numel()
     return located
+
+
+def _rows(leaf: Tensor) -> Tensor:
+    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))
 
 
 def _wide(leaf: Tensor) -> torch.dtype:

@@ -100,12 +100,13 @@ def dot(x: Tree, y: Tree) -> Tensor:
 
 
 def norm(x: Tree) -> float:
-    """``‖x‖₂``, with squares taken in float64 where the device has it, so that none underflows."""
-    squares = []
-    for leaf in leaves(x):
-        wide = torch.float32 if leaf.device.type == "mps" else torch.float64
-        squares.append(torch.linalg.vector_norm(leaf, dtype=wide).square())
-    return math.sqrt(float(_total(squares)))
+    """``‖x‖₂``, accumulated in float64 where the device has it; no square under- or overflows."""
+    total = _sum_of_squares(x, 1.0)
+    if total in (0.0, math.inf):
+        peak = max((float(leaf.abs().max()) for leaf in leaves(x) if leaf.numel()), default=0.0)
+        if 0.0 < peak < math.inf:
+            return peak * math.sqrt(_sum_of_squares(x, peak))
+    return math.sqrt(total)
 
 
 def to_floats(*scalars: Tensor) -> list[float]:
@@ -126,6 +127,15 @@ def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
         return drawn.to(device=leaf.device, dtype=leaf.dtype)
 
     return map_leaves(draw, tree)
+
+
+def _sum_of_squares(x: Tree, unit: float) -> float:
+    squares = []
+    for leaf in leaves(x):
+        wide = torch.float32 if leaf.device.type == "mps" else torch.float64
+        scaled = leaf if unit == 1.0 else leaf.to(wide) / unit
+        squares.append(torch.linalg.vector_norm(scaled, dtype=wide).square())
+    return float(_total(squares))
 
 
 def _total(scalars: list[Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ class Matrix(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, like: Tree | None = None) -> None:
+        check_tree(matrix, "matrix")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must have shape (n, n), got {tuple(matrix.shape)}")
         self._like = matrix.new_zeros(len(matrix)) if like is None else like
@@ -40,7 +41,8 @@ class Matrix(LinearOperator):
                 f"like must have n = {len(matrix)} elements, got {bl.to_flat(self._like).numel()}"
             )
         self._matrix = matrix
-        self._symmetric = bool(torch.equal(matrix, matrix.T))
+        rounding = 10 * torch.finfo(matrix.dtype).eps
+        self._symmetric = bool((matrix - matrix.T).abs().max() <= rounding * matrix.abs().max())
 
     @property
     def like(self) -> Tree:

@@ -1,0 +1,379 @@
+"""Linear solvers on matrices: against NumPy and SciPy, and where the peers went wrong."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from problems import spd_matrix
+
+import hypergrad as hg
+from hypergrad import Status
+from hypergrad import tree as tr
+from hypergrad.linsolve.neumann import largest_eigenvalue
+from hypergrad.operators import LinearOperator, Matrix
+
+SPD = [(5, 1.0), (5, 10.0), (20, 100.0), (100, 1e3), (300, 1e4), (2000, 1e2)]
+EVERY_SOLVER: list[hg.LinearSolver] = [
+    hg.CG(),
+    hg.Neumann(measure_residual=True),
+    hg.Nystrom(rank=1, measure_residual=True),
+    hg.Nystrom(rank=1, chunk_size=1, measure_residual=True),
+    hg.Dense(),
+    hg.Identity(measure_residual=True),
+]
+
+
+def solver_name(solver: hg.LinearSolver) -> str:
+    chunked = getattr(solver, "chunk_size", None) is not None
+    return type(solver).__name__ + ("-chunked" if chunked else "")
+
+
+def rhs_for(n: int) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n + 1), dtype=torch.float64)
+
+
+def residual(A: torch.Tensor, solution: hg.Solution, b: torch.Tensor) -> float:
+    return float((b.double() - A.double() @ solution.x.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize(("n", "condition"), SPD)
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-10])
+def test_cg_reaches_rtol_on_every_spd_problem(n: int, condition: float, rtol: float) -> None:
+    A, b = spd_matrix(n, condition, n), rhs_for(n)
+    solution = hg.CG(rtol=rtol).solve(Matrix(A), b)
+    assert solution.status is Status.CONVERGED
+    assert residual(A, solution, b) <= rtol * (1 + 1e-6)
+    assert solution.relative_residual == pytest.approx(residual(A, solution, b), rel=1e-3)
+    if n <= 20 and condition <= 10:
+        assert solution.iterations <= n
+
+    iterations = 0
+
+    def count(_: np.ndarray) -> None:
+        nonlocal iterations
+        iterations += 1
+
+    scipy.sparse.linalg.cg(A.numpy(), b.numpy(), rtol=rtol, callback=count)
+    assert solution.iterations <= math.ceil(1.1 * iterations)
+    # One product an iteration, one in ten for the true residual, one to confirm.
+    assert solution.matvecs <= 1.1 * solution.iterations + 2
+
+
+def test_more_iterations_of_cg_are_never_worse_in_error() -> None:
+    """hypergrad 0.0.1 had relative error 0.27 after 5 iterations and 2.3 after 100."""
+    A, b = spd_matrix(100, 100.0, 0), rhs_for(100)
+    exact = torch.linalg.solve(A, b)
+    errors = [
+        float((hg.CG(rtol=0.0, maxiter=k).solve(Matrix(A), b).x - exact).norm() / exact.norm())
+        for k in (1, 2, 5, 10, 20, 40, 80, 160)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-12
+
+
+@pytest.mark.parametrize("c", [1e-6, 2.0, 1e6])
+def test_cg_is_exact_after_one_iteration_on_a_multiple_of_the_identity(c: float) -> None:
+    """hypertorch and BOAT return the iterate before the last: zero here."""
+    b = rhs_for(6)
+    solution = hg.CG().solve(Matrix(c * torch.eye(6, dtype=torch.float64)), b)
+    assert solution.iterations == 1
+    torch.testing.assert_close(solution.x, b / c)
+
+
+def test_cg_stops_once_exact_with_fewer_eigenvalues_than_iterations() -> None:
+    A = torch.diag(torch.tensor([1.0, 1.0, 3.0, 3.0, 7.0, 7.0], dtype=torch.float64))
+    solution = hg.CG(rtol=1e-13).solve(Matrix(A), rhs_for(6))
+    assert solution.iterations == 3
+    torch.testing.assert_close(solution.x, rhs_for(6) / A.diagonal())
+
+
+def test_a_preconditioner_cuts_the_iterations() -> None:
+    diagonal = torch.logspace(0, 6, 200, dtype=torch.float64)
+    A = torch.diag(diagonal) + 0.1 * spd_matrix(200, 10.0, 0)
+    b = rhs_for(200)
+    plain = hg.CG(rtol=1e-8).solve(Matrix(A), b)
+    jacobi = hg.CG(rtol=1e-8, preconditioner=lambda r: r / A.diagonal()).solve(Matrix(A), b)
+    assert jacobi.status is Status.CONVERGED
+    assert jacobi.iterations < plain.iterations / 5
+    with pytest.raises(ValueError, match="preconditioner must be positive definite"):
+        hg.CG(preconditioner=lambda r: -r).solve(Matrix(A), b)
+
+
+def test_a_nystrom_sketch_preconditions_cg() -> None:
+    A = spd_matrix(50, 10.0, 0)
+    A += 1e4 * torch.outer(rhs_for(50), rhs_for(50))
+    b = torch.ones(50, dtype=torch.float64)
+    sketch = hg.Nystrom(rank=10, rho=1.0, generator=torch.Generator().manual_seed(0)).sketch(
+        Matrix(A)
+    )
+    plain = hg.CG(rtol=1e-8).solve(Matrix(A), b)
+    assisted = hg.CG(rtol=1e-8, preconditioner=sketch.apply).solve(Matrix(A), b)
+    assert assisted.status is Status.CONVERGED
+    assert assisted.iterations < plain.iterations
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+def test_zero_right_hand_side_gives_zero_for_nothing(solver: hg.LinearSolver) -> None:
+    A, b = Matrix(spd_matrix(5, 10.0, 0)), torch.zeros(5, dtype=torch.float64)
+    solution = solver.solve(A, b)
+    assert torch.equal(solution.x, b)
+    assert solution.status is Status.CONVERGED
+    assert (solution.matvecs, solution.relative_residual) == (0, 0.0)
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float16, 6e-8),
+        (torch.bfloat16, 1e-38),
+        (torch.float32, 1e-42),
+        (torch.float64, 1e-200),
+    ],
+)
+def test_a_tiny_right_hand_side_does_not_underflow(
+    solver: hg.LinearSolver, dtype: torch.dtype, scale: float
+) -> None:
+    A = torch.eye(4, dtype=dtype) * 0.5
+    b = torch.full((4,), scale, dtype=dtype)
+    solution = solver.solve(Matrix(A), b)
+    assert not solution.status.failed
+    assert torch.isfinite(solution.x).all()
+    assert (solution.x > 0).all()
+    if isinstance(solver, hg.CG | hg.Dense):
+        torch.testing.assert_close(solution.x.double(), 2 * b.double(), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+def test_a_scalar_unknown(solver: hg.LinearSolver) -> None:
+    solution = solver.solve(Matrix(torch.tensor([[4.0]]), torch.zeros(())), torch.tensor(2.0))
+    assert solution.x.shape == ()
+    assert torch.isfinite(solution.x)
+    if isinstance(solver, hg.CG | hg.Dense | hg.Neumann):
+        assert solution.x.item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_numbers_are_reported_and_never_returned(
+    solver: hg.LinearSolver, bad: float
+) -> None:
+    b = torch.ones(3)
+    broken_rhs = solver.solve(Matrix(torch.eye(3)), torch.tensor([1.0, bad, 1.0]))
+    broken_operator = solver.solve(Diagonal(torch.full((3,), bad)), b)
+    for solution in (broken_rhs, broken_operator):
+        assert torch.isfinite(solution.x).all()
+    assert broken_rhs.status is Status.NON_FINITE
+    assert broken_operator.status is Status.NON_FINITE or isinstance(solver, hg.Identity)
+
+
+def test_negative_curvature_is_reported_with_the_best_iterate() -> None:
+    A = torch.diag(torch.tensor([4.0, 3.0, 2.0, -1.0], dtype=torch.float64))
+    b = torch.tensor([1.0, 1.0, 1.0, 1e-3], dtype=torch.float64)
+    solution = hg.CG(rtol=1e-10, record_residuals=True).solve(Matrix(A), b)
+    assert solution.status is Status.NEGATIVE_CURVATURE
+    assert solution.residuals is not None
+    assert residual(A, solution, b) == pytest.approx(min(solution.residuals), rel=1e-6)
+    assert solution.relative_residual == pytest.approx(residual(A, solution, b), rel=1e-6)
+    at_once = hg.CG().solve(Matrix(-A), torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    assert at_once.status is Status.NEGATIVE_CURVATURE
+    assert torch.equal(at_once.x, torch.zeros(4, dtype=torch.float64))
+
+
+def test_singular_operators() -> None:
+    A = Matrix(torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)))
+    inside = torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64)
+    outside = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    expected = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    for solver in (hg.CG(rtol=1e-12), hg.Dense()):
+        solution = solver.solve(A, inside)
+        assert solution.status is Status.CONVERGED
+        torch.testing.assert_close(solution.x, expected)
+        assert solver.solve(A, outside).status is Status.BREAKDOWN
+    assert hg.CG().solve(Matrix(torch.zeros(2, 2)), torch.ones(2)).status is Status.BREAKDOWN
+    torch.testing.assert_close(hg.Dense().solve(A, outside).x, expected)
+
+
+def test_dense_solves_indefinite_and_non_symmetric_systems() -> None:
+    indefinite = torch.diag(torch.tensor([1.0, -2.0, 5.0], dtype=torch.float64))
+    skewed = torch.tensor([[1.0, 2.0], [-3.0, 1.0]], dtype=torch.float64)
+    for A in (indefinite, skewed):
+        b = torch.ones(len(A), dtype=torch.float64)
+        solution = hg.Dense().solve(Matrix(A), b)
+        assert solution.status is Status.CONVERGED
+        torch.testing.assert_close(solution.x, torch.linalg.solve(A, b))
+    with pytest.raises(ValueError, match="at most max_size = 2 elements for Dense, got 3"):
+        hg.Dense(max_size=2).solve(Matrix(indefinite), torch.ones(3, dtype=torch.float64))
+
+
+def test_stagnation_is_called_by_its_name() -> None:
+    A = spd_matrix(100, 1e4, 0).float()
+    solution = hg.CG(rtol=1e-12).solve(Matrix(A), rhs_for(100).float())
+    assert solution.status is Status.STAGNATED
+    assert solution.relative_residual is not None
+    assert solution.relative_residual < 1e-2
+
+
+def test_absolute_tolerance_is_in_the_units_of_b() -> None:
+    A, b = spd_matrix(50, 100.0, 0), 1e-6 * rhs_for(50)
+    solution = hg.CG(rtol=0.0, atol=1e-9).solve(Matrix(A), b)
+    assert solution.status is Status.CONVERGED
+    assert 1e-12 < (b - A @ solution.x).norm() <= 1e-9
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+def test_x0_starts_from_a_correction_and_the_exact_answer_stays(solver: hg.LinearSolver) -> None:
+    A, b = spd_matrix(5, 10.0, 0), rhs_for(5)
+    exact = torch.linalg.solve(A, b)
+    solution = solver.solve(Matrix(A), b, x0=exact)
+    torch.testing.assert_close(solution.x, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_cg_warm_start_is_worth_its_digits() -> None:
+    A, b = spd_matrix(200, 1e3, 0), rhs_for(200)
+    exact = torch.linalg.solve(A, b)
+    cold = hg.CG(rtol=1e-8).solve(Matrix(A), b)
+    near = exact * (1 + 1e-5 * rhs_for(200))
+    warm = hg.CG(rtol=1e-8).solve(Matrix(A), b, x0=near)
+    assert warm.status is Status.CONVERGED
+    assert warm.iterations < 0.8 * cold.iterations
+    assert residual(A, warm, b) <= 1e-8
+
+
+def test_neumann_is_the_series_it_says() -> None:
+    A, b = spd_matrix(8, 10.0, 0), rhs_for(8)
+    M = torch.eye(8, dtype=torch.float64) - 0.1 * A
+    for terms in (1, 2, 7):
+        series = sum(0.1 * torch.linalg.matrix_power(M, k) @ b for k in range(terms))
+        solution = hg.Neumann(terms=terms, step=0.1, rtol=0.0, measure_residual=True).solve(
+            Matrix(A), b
+        )
+        torch.testing.assert_close(solution.x, series)
+        assert solution.iterations == terms
+        assert solution.matvecs == terms
+        assert solution.relative_residual == pytest.approx(residual(A, solution, b), rel=1e-9)
+
+
+def test_neumann_estimates_its_step_and_stops_at_rtol() -> None:
+    for n, condition in SPD[:3]:
+        A, b = spd_matrix(n, condition, n), rhs_for(n)
+        solution = hg.Neumann(terms=100_000, rtol=1e-9, record_residuals=True).solve(Matrix(A), b)
+        assert solution.status is Status.CONVERGED
+        assert residual(A, solution, b) <= 1.01e-9
+        assert solution.residuals is not None
+        assert solution.residuals[0] == pytest.approx(1.0)
+        estimate = largest_eigenvalue(Matrix(A))
+        assert 0.5 * condition < estimate <= condition * (1 + 1e-9)
+
+
+def test_neumann_reports_divergence_with_its_best_sum() -> None:
+    A, b = spd_matrix(8, 10.0, 0), rhs_for(8)
+    too_long = hg.Neumann(terms=1000, step=0.5).solve(Matrix(A), b)
+    assert too_long.status is Status.DIVERGED
+    assert too_long.relative_residual is not None
+    assert too_long.relative_residual <= 1.0
+    indefinite = hg.Neumann(terms=1000).solve(Matrix(A - 5 * torch.eye(8)), b)
+    assert indefinite.status is Status.DIVERGED
+
+
+def test_identity_scales() -> None:
+    b = rhs_for(3)
+    solution = hg.Identity(0.25, measure_residual=True).solve(Matrix(2 * torch.eye(3).double()), b)
+    torch.testing.assert_close(solution.x, b / 4)
+    assert solution.relative_residual == pytest.approx(0.5)
+    assert solution.status is Status.APPROXIMATE
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+def test_receipts_are_honest(solver: hg.LinearSolver) -> None:
+    """Products are counted from outside, residuals measured from outside."""
+    A, b = spd_matrix(6, 10.0, 0), rhs_for(6)
+    counter = CountingMatrix(A)
+    solution = solver.solve(counter, b)
+    assert solution.matvecs == counter.products
+    assert solution.relative_residual == pytest.approx(residual(A, solution, b), abs=1e-12)
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=solver_name)
+def test_trees_solve_like_flat_vectors(solver: hg.LinearSolver) -> None:
+    A, b = spd_matrix(6, 10.0, 0), rhs_for(6)
+    if isinstance(solver, hg.Nystrom):
+        seeded = torch.Generator().manual_seed(0)
+        solver = hg.Nystrom(rank=3, chunk_size=solver.chunk_size, generator=seeded)
+    flat = solver.solve(Matrix(A), b)
+    if isinstance(solver, hg.Nystrom):
+        seeded.manual_seed(0)
+    coupled = {"a": b[:2].reshape(2, 1), "b": (b[2], [b[3:]])}
+    tree = solver.solve(Matrix(A, like=coupled), coupled)
+    back = torch.cat([leaf.reshape(-1) for leaf in tr.leaves(tree.x)])
+    torch.testing.assert_close(back, flat.x)
+
+
+def test_one_wide_leaf_and_non_contiguous_leaves() -> None:
+    """TorchOpt counts a (100, 200) leaf as 300 unknowns; views break hypertorch."""
+    diagonal = torch.linspace(1.0, 5.0, 20_000, dtype=torch.float64).reshape(100, 200)
+    b = rhs_for(20_000).reshape(200, 100).T
+    assert not b.is_contiguous()
+    for solver in (hg.CG(rtol=1e-12), hg.Neumann(terms=500, rtol=1e-12)):
+        solution = solver.solve(Diagonal(diagonal), b)
+        assert solution.status is Status.CONVERGED
+        torch.testing.assert_close(solution.x, b / diagonal)
+
+
+def test_a_linear_operator_needs_only_its_contract() -> None:
+    D = Diagonal(torch.tensor([1.0, 2.0, 4.0]))
+    assert torch.equal(D.dense(), torch.diag(torch.tensor([1.0, 2.0, 4.0])).double())
+    assert torch.equal(D.diagonal(), torch.tensor([1.0, 2.0, 4.0]))
+
+
+class Diagonal(LinearOperator):
+    def __init__(self, diagonal: torch.Tensor) -> None:
+        self._diagonal = diagonal
+
+    @property
+    def like(self) -> torch.Tensor:
+        return self._diagonal
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def default_chunk_size(self) -> int:
+        return 2
+
+    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        return self._diagonal * vector
+
+    def multiply_chunk(self, block: torch.Tensor) -> torch.Tensor:
+        return self._diagonal * block
+
+
+class CountingMatrix(LinearOperator):
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self._matrix = Matrix(matrix)
+        self.products = 0
+
+    @property
+    def like(self) -> torch.Tensor:
+        return self._matrix.like
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def default_chunk_size(self) -> int:
+        return 4
+
+    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        self.products += 1
+        return self._matrix.matvec(vector)
+
+    def multiply_chunk(self, block: torch.Tensor) -> torch.Tensor:
+        self.products += len(block)
+        return self._matrix.multiply_chunk(block)
