@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import optree
 import pytest
 import torch
 from problems import ALL, SMALL, Problem, name_of, quadratic, relative_error, ridge, traits
+from solvers import SOLVERS
 
 import hypergrad as hg
 
-MakeSolver = Callable[[Problem], hg.LinearSolver]
-
-
-def neumann_terms(problem: Problem) -> int:
-    """So many that (1 − 1/κ)^terms < 1e-11, times two for the estimate of λ_max."""
-    return math.ceil(2 * problem.condition * math.log(1e11)) + 2
-
-
-EXACT_SOLVERS: dict[str, tuple[MakeSolver, Callable[[int, float], bool]]] = {
-    "cg": (lambda p: hg.CG(rtol=1e-11), lambda n, condition: True),
-    "dense": (lambda p: hg.Dense(), lambda n, condition: n <= 500),
-    "neumann": (
-        lambda p: hg.Neumann(terms=neumann_terms(p), rtol=1e-11),
-        lambda n, condition: condition <= 200,
-    ),
-    "nystrom": (lambda p: hg.Nystrom(rank=p.n, rho=1e-11), lambda n, condition: n <= 300),
-    "nystrom-chunked": (
-        lambda p: hg.Nystrom(rank=p.n, rho=1e-11, chunk_size=7),
-        lambda n, condition: n <= 60,
-    ),
-}
-"""Each solver in the limit where it is exact, and the n and condition that limit can afford."""
-
 PAIRS = [
-    pytest.param(make_solver, make, id=f"{name}-{name_of(make)}")
-    for name, (make_solver, affordable) in EXACT_SOLVERS.items()
+    pytest.param(case.exact, make, id=f"{name}-{name_of(make)}")
+    for name, case in SOLVERS.items()
+    if case.exact is not None
     for make in ALL
-    if affordable(*traits(make))
+    if case.affordable(*traits(make))
 ]
 
 
 @pytest.mark.parametrize(("make_solver", "make"), PAIRS)
 def test_every_solver_converges_to_the_exact_hypergradient(
-    make_solver: MakeSolver, make: Callable[[], Problem]
+    make_solver: Callable[[Problem], hg.LinearSolver], make: Callable[[], Problem]
 ) -> None:
     problem = make()
     result = hg.hypergradient(
