@@ -6,7 +6,7 @@ The *coordinates* of a vector are numbered 0 … n−1 through the leaves in ord
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,11 +36,19 @@ def chunks(block: Tree, chunk_size: int) -> Iterator[Tree]:
         yield tr.map_leaves(lambda leaf, s=start: leaf[s : s + chunk_size], block)
 
 
-def concatenate(blocks: Sequence[Tree]) -> Tree:
-    """The pieces of :func:`chunks` as one block again."""
-    if len(blocks) == 1:
-        return blocks[0]
-    return tr.map_leaves(lambda *parts: torch.cat(parts), *blocks)
+def assemble(parts: Iterable[Tree], total: int) -> Tree:
+    """Consecutive pieces of a block of ``total`` vectors as one; a piece is free once copied."""
+    whole: Tree = None
+    start = 0
+    for part in parts:
+        if width(part) == total:
+            return part
+        if whole is None:
+            whole = tr.map_leaves(lambda leaf: leaf.new_empty((total, *leaf.shape[1:])), part)
+        for leaf, rows in zip(tr.leaves(whole), tr.leaves(part), strict=True):
+            leaf[start : start + len(rows)] = rows
+        start += width(part)
+    return whole
 
 
 def unit_vectors(like: Tree, indices: Tensor) -> Tree:

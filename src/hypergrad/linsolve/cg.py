@@ -65,9 +65,10 @@ class CG(LinearSolver):
     #   while p stays makes CG diverge near the limit of the precision) until they differ by half:
     #   then CG starts again from the true residual, as iterative refinement does.
     # - A restart that did not halve the residual of the one before shows rounding: STAGNATED.
-    # - A direction whose curvature is negative, or zero to rounding beside the largest one met,
-    #   ends the solve with the iterate of least residual.
-    # - Scalars are read by the host twice an iteration, several in one copy.
+    # - A direction whose curvature pᵀAp / pᵀM⁻¹p is negative, or zero to rounding beside the
+    #   largest one met, ends the solve with the iterate of least residual. The denominator is `pp`:
+    #   it has a recurrence of its own, since z and the last p are conjugate in M⁻¹.
+    # - The host reads two scalars an iteration, pᵀAp and ‖r‖ (three with a preconditioner).
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         tolerance = max(self.rtol, self.atol / rhs_scale)
         maxiter = self.maxiter or 10 * tr.size(rhs)
@@ -76,7 +77,7 @@ class CG(LinearSolver):
         x, r = tr.zeros_like(rhs), rhs
         norm = _norm(r)
         z, rz = self._precondition(r, norm)
-        p = z
+        p, pp = z, rz
         status = Status.CONVERGED if norm <= tolerance else Status.MAX_ITERATIONS
         measured: float | None = norm
         history = [norm]
@@ -87,7 +88,7 @@ class CG(LinearSolver):
 
         while status is Status.MAX_ITERATIONS and iteration < maxiter:
             Ap = operator.matvec(p)
-            pAp, pp = tr.to_floats(tr.dot(p, Ap), tr.dot(p, p))
+            (pAp,) = tr.to_floats(tr.dot(p, Ap))
             flat = epsilon * largest_curvature * pp
             if not math.isfinite(pAp):
                 status = Status.NON_FINITE
@@ -126,7 +127,8 @@ class CG(LinearSolver):
 
             rz_old = rz
             z, rz = self._precondition(r, norm)
-            p = z if drifted else tr.add(z, p, rz / rz_old)
+            beta = 0.0 if drifted else rz / rz_old
+            p, pp = tr.add(z, p, beta), rz + beta**2 * pp
 
         # The error of CG falls with every iteration even where the residual rises (Hestenes &
         # Stiefel 1952, Thm. 6:3), so the last iterate stands unless the solve went wrong.

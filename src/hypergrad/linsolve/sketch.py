@@ -71,30 +71,42 @@ class ImplicitBasis(Basis):
 
 def stored_factors(operator: LinearOperator, indices: Tensor) -> tuple[Basis, Tensor]:
     """U in memory, and s; k products."""
-    columns = bl.concatenate([tr.at_least_float32(part) for part in operator.columns(indices)])
-    core = bl.gather(columns, indices)
-    transform, s = _factor(core, bl.gram(columns, columns), tr.epsilon(operator.like))
-    basis = bl.combine(columns, transform.T)
+    columns = bl.assemble(operator.columns(indices), len(indices))
+    # A bare list of leaves, itself a tree, so that each can be let go as soon as it is replaced.
+    leaves = tr.leaves(tr.at_least_float32(columns))
+    del columns
+    core = bl.gather(leaves, indices)
+    transform, s = _factor(core, bl.gram(leaves, leaves), tr.epsilon(operator.like))
+    _recombine(leaves, transform.T)
     # The Gram matrix squares the condition number; one more pass makes U orthonormal to rounding.
-    again = bl.gram(basis, basis)
+    again = bl.gram(leaves, leaves)
     if torch.isfinite(again).all():
-        basis = bl.combine(basis, _inverse_root(again))
-    return StoredBasis(basis), s
+        _recombine(leaves, _inverse_root(again))
+    return StoredBasis(tr.unflatten_like(operator.like, leaves)), s
 
 
 def implicit_factors(
     operator: LinearOperator, indices: Tensor, chunk_size: int
 ) -> tuple[Basis, Tensor]:
-    """U by products, and s; 2 k products, with at most ``chunk_size`` vectors in memory.
+    """U by products, and s; 2 k products, with at most ``chunk_size`` vectors of a kind in memory.
 
     ``CᵀC = (H C)[K]`` by symmetry, so that a chunk of columns needs only one product of its own.
     """
     core, gram = [], []
-    for columns in operator.columns(indices, chunk_size=chunk_size):
+    at_once = min(chunk_size, operator.default_chunk_size)
+    for part in indices.split(chunk_size):
+        columns = bl.assemble(operator.columns(part, chunk_size=at_once), len(part))
         core.append(bl.gather(columns, indices))
-        gram.append(bl.gather(operator.matmat(columns, chunk_size=chunk_size), indices))
+        gram.append(bl.gather(operator.matmat(columns, chunk_size=at_once), indices))
+        del columns
     transform, s = _factor(torch.cat(core), torch.cat(gram), tr.epsilon(operator.like))
     return ImplicitBasis(operator, indices, transform), s
+
+
+def _recombine(leaves: list[Tensor], matrix: Tensor) -> None:
+    """Replace the k vectors in ``leaves`` by r combinations, ``matrix`` of shape ``(r, k)``."""
+    for i, leaf in enumerate(leaves):
+        leaves[i] = bl.combine(leaf, matrix)
 
 
 def _factor(core: Tensor, gram: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class LinearOperator(ABC):
         check_count(chunk_size, "chunk_size", optional=True)
         check_structure(block, self.like, "block", "the operator's vectors", leading=1)
         step = chunk_size or self.default_chunk_size
-        return bl.concatenate([self.multiply_chunk(part) for part in bl.chunks(block, step)])
+        return bl.assemble(map(self.multiply_chunk, bl.chunks(block, step)), bl.width(block))
 
     def columns(self, indices: Tensor, *, chunk_size: int | None = None) -> Iterator[Tree]:
         """The columns ``A e_i`` at coordinates ``indices``, in blocks of ``chunk_size``."""

@@ -1,0 +1,1 @@
+"""Benchmarks of hypergrad: run them with `make bench`."""

@@ -1,0 +1,109 @@
+"""What hypergrad costs on this machine: ``make bench``, or ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.cost import CG_ITERATIONS, MODES, Cost, measure
+from benchmarks.processes import Memory, import_ratio, nystrom_memory
+from benchmarks.workloads import cnn, logistic, mlp
+
+MATVEC_GOAL = 1.6
+HYPERGRADIENT_GOAL = 1.15
+IMPORT_GOAL = 1.10
+CHUNK_SIZE = 5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure everything and print it as Markdown tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models, few repeats")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    options = parser.parse_args(argv)
+    repeats = 3 if options.quick else 15
+
+    machine = (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{datetime.datetime.now(datetime.timezone.utc).date()}"
+    )
+    print(f"{machine}\n\nMedians of {repeats} alternating runs; a unit is one gradient of f.")
+    progress = tqdm([mlp, cnn, logistic], desc="products", leave=False)
+    costs = [measure(make(options.quick), repeats) for make in progress]
+    print_costs(costs)
+    seconds, ratio = import_ratio(3 if options.quick else 9)
+    print("\n## Import\n")
+    print(f"`import torch` {seconds:.2f} s; with `import hypergrad` × {ratio:.3f}", end="")
+    print(f" (goal ≤ {IMPORT_GOAL}: {verdict(ratio, IMPORT_GOAL)})")
+    ranks = (2, 4) if options.quick else (5, 20, 50)
+    memory = nystrom_memory(ranks, CHUNK_SIZE, options.quick)
+    print_memory(memory)
+    if options.json is not None:
+        figures = {
+            "machine": machine,
+            "costs": [asdict(cost) for cost in costs],
+            "import_ratio": ratio,
+            "memory": [asdict(row) for row in memory],
+        }
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def print_costs(costs: list[Cost]) -> None:
+    """Print the tables of products, blocks and whole hypergradients."""
+    names = [*MODES, "jvp(grad), afresh"]
+    print("\n## One Hessian product, in gradients\n")
+    print(f"| workload | gradient, ms | {' | '.join(names)} | goal for reverse ≤ {MATVEC_GOAL} |")
+    print(f"| --- | ---: | {'---: | ' * len(names)}--- |")
+    for cost in costs:
+        figures = " | ".join(f"{cost.products[name]:.2f}" for name in names)
+        met = verdict(cost.products["reverse"], MATVEC_GOAL)
+        print(f"| {cost.name} | {cost.gradient_ms:.1f} | {figures} | {met} |")
+
+    print("\n## A block of 10 products (reverse), in gradients a vector\n")
+    print("| workload | default chunk size | one at a time | all at once |")
+    print("| --- | ---: | ---: | ---: |")
+    for cost in costs:
+        figures = " | ".join(f"{cost.block[size]:.2f}" for size in ("default", "1", "10"))
+        print(f"| {cost.name} | {figures} |")
+
+    print(f"\n## A hypergradient with {CG_ITERATIONS} iterations of CG\n")
+    budget = f"{1 + CG_ITERATIONS} products + 3 gradients"
+    print(f"| workload | damping | ms | by {budget} | goal ≤ {HYPERGRADIENT_GOAL} |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for cost in costs:
+        met = verdict(cost.hypergradient_ratio, HYPERGRADIENT_GOAL)
+        print(
+            f"| {cost.name} | {cost.damping} | {cost.hypergradient_ms:.0f} "
+            f"| {cost.hypergradient_ratio:.3f} | {met} |"
+        )
+
+
+def print_memory(rows: list[Memory]) -> None:
+    """Print the table of peaks."""
+    print("\n## Peak memory of a Nyström hypergradient of the MLP, above the process before it\n")
+    print("| rank | chunk size | MiB | copies of the parameters |")
+    print("| ---: | ---: | ---: | ---: |")
+    for row in rows:
+        chunk = "all" if row.chunk_size is None else row.chunk_size
+        print(
+            f"| {row.rank} | {chunk} | {row.mebibytes:.0f} | {row.copies_of_the_parameters:.1f} |"
+        )
+
+
+def verdict(figure: float, goal: float) -> str:
+    """Whether a figure meets its goal, in a word."""
+    return "met" if figure <= goal else "missed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What only a fresh process can show: the time of the import and the peak of memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+_NYSTROM = """
+import json, sys
+import torch
+from benchmarks.workloads import mlp
+import hypergrad as hg
+
+def status(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+
+rank, chunk_size, quick = json.loads(sys.argv[1])
+work = mlp(quick)
+theta = {key: value.clone().requires_grad_() for key, value in work.params.items()}
+torch.autograd.grad(work.inner(theta, work.hparams), list(theta.values()))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = status("VmRSS")
+generator = torch.Generator().manual_seed(0)
+solver = hg.Nystrom(rank=rank, rho=0.1, chunk_size=chunk_size, generator=generator)
+hg.hypergradient(work.inner, work.outer, work.params, work.hparams, solver=solver)
+size = sum(value.numel() for value in work.params.values()) * 4 / 2**20
+print(json.dumps([status("VmHWM") - before, size]))
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a Nyström hypergradient, above that of the process before the call."""
+
+    rank: int
+    chunk_size: int | None
+    mebibytes: float
+    copies_of_the_parameters: float
+
+
+def nystrom_memory(ranks: tuple[int, ...], chunk_size: int, quick: bool) -> list[Memory]:
+    """The peak at each rank, with all columns at once and in chunks; Linux only."""
+    rows = []
+    for rank in ranks:
+        for chunk in (None, chunk_size):
+            output = _python(_NYSTROM, json.dumps([rank, chunk, quick]))
+            peak, size = json.loads(output)
+            rows.append(Memory(rank, chunk, peak, peak / size))
+    return rows
+
+
+def import_ratio(repeats: int) -> tuple[float, float]:
+    """Seconds of ``import torch``, and the ratio with ``import hypergrad`` after it."""
+    programs = ("import torch", "import torch, hypergrad")
+    seconds: dict[str, list[float]] = {program: [] for program in programs}
+    for _ in range(repeats + 1):
+        for program in programs:
+            began = time.perf_counter()
+            _python(program)
+            seconds[program].append(time.perf_counter() - began)
+    # The first round fills the page cache.
+    alone, both = (statistics.median(seconds[program][1:]) for program in programs)
+    return alone, both / alone
+
+
+def _python(program: str, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True
+    ).stdout
