@@ -91,6 +91,9 @@ def print_costs(costs: list[Cost]) -> None:
 def print_memory(rows: list[Memory]) -> None:
     """Print the table of peaks."""
     print("\n## Peak memory of a Nyström hypergradient of the MLP, above the process before it\n")
+    if not rows:
+        print("Not measured: it takes Linux's /proc.")
+        return
     print("| rank | chunk size | MiB | copies of the parameters |")
     print("| ---: | ---: | ---: | ---: |")
     for row in rows:

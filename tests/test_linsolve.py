@@ -48,8 +48,8 @@ def test_cg_reaches_rtol_on_every_spd_problem(n: int, condition: float, rtol: fl
 
     scipy.sparse.linalg.cg(A.numpy(), b.numpy(), rtol=rtol, callback=count)
     assert solution.iterations <= math.ceil(1.1 * iterations)
-    # One product an iteration, one in ten for the true residual, one to confirm.
-    assert solution.matvecs <= 1.1 * solution.iterations + 2
+    # One product an iteration, one in twenty for the true residual, few to confirm.
+    assert solution.matvecs <= 1.05 * solution.iterations + 3
 
 
 def test_more_iterations_of_cg_are_never_worse_in_error() -> None:

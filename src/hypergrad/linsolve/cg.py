@@ -13,8 +13,8 @@ from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-# A true residual costs a product: often enough to see rounding, rarely enough to cost a tenth.
-_TRUE_RESIDUAL_EVERY = 10
+# A true residual costs a product: often enough to see rounding, rarely enough to cost little.
+_TRUE_RESIDUAL_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class CG(LinearSolver):
         maxiter = self.maxiter or 10 * tr.size(rhs)
         epsilon = tr.epsilon(rhs)
 
-        x, r = tr.zeros_like(rhs), rhs
+        x, r = tr.zeros_like(rhs), tr.clone(rhs)
         norm = _norm(r)
         z, rz = self._precondition(r, norm)
-        p, pp = z, rz
+        p, pp = tr.clone(z), rz
         status = Status.CONVERGED if norm <= tolerance else Status.MAX_ITERATIONS
         measured: float | None = norm
         history = [norm]
-        best, best_norm = x, norm
+        best, best_norm = None, norm  # None: the best iterate is x itself
         largest_curvature = 0.0
         restart_norm = math.inf
         iteration = 0
@@ -99,9 +99,13 @@ class CG(LinearSolver):
             largest_curvature = max(largest_curvature, pAp / pp)
 
             alpha = rz / pAp
-            x = tr.add(x, p, alpha)
-            r = tr.add(r, Ap, -alpha)
+            tr.add_(r, Ap, -alpha)
             norm = _norm(r)
+            if norm < best_norm:
+                best, best_norm = None, norm
+            elif best is None:
+                best = tr.clone(x)
+            tr.add_(x, p, alpha)
             iteration += 1
 
             measured = None
@@ -115,24 +119,25 @@ class CG(LinearSolver):
                 elif drifted:
                     status = Status.STAGNATED if measured > 0.5 * restart_norm else status
                     r, norm, restart_norm = true_r, measured, measured
-                    best_norm = math.inf  # earlier norms were the recurrence's own belief
+                    # Earlier norms were the recurrence's own belief.
+                    best, best_norm = None, measured
             if not math.isfinite(norm):
                 status = Status.NON_FINITE
                 break
             history.append(norm)
-            if norm < best_norm:
-                best, best_norm = x, norm
             if status is not Status.MAX_ITERATIONS:
                 break
 
             rz_old = rz
             z, rz = self._precondition(r, norm)
             beta = 0.0 if drifted else rz / rz_old
-            p, pp = tr.add(z, p, beta), rz + beta**2 * pp
+            tr.scale_(p, beta)
+            tr.add_(p, z)
+            pp = rz + beta**2 * pp
 
         # The error of CG falls with every iteration even where the residual rises (Hestenes &
         # Stiefel 1952, Thm. 6:3), so the last iterate stands unless the solve went wrong.
-        if status not in (Status.CONVERGED, Status.MAX_ITERATIONS) and x is not best:
+        if best is not None and status not in (Status.CONVERGED, Status.MAX_ITERATIONS):
             x, measured = best, None
         if measured is None:
             measured = residual_norm(operator, x, rhs)

@@ -1,0 +1,40 @@
+"""The demo and the benchmark run to their end, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_prints_its_tables_and_saves_its_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "deep" / "weight_decay.png"
+    out = run("examples/weight_decay.py", "--steps=3", "--repeats=1", f"--output={picture}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    cg = re.search(r"^CG +(\S+) +\d+ +\S+  CONVERGED$", out, flags=re.MULTILINE)
+    assert cg is not None
+    assert float(cg[1]) < 1e-5
+    splits = out[out.index("before and after tuning") :].splitlines()
+    validation = {row.split()[0]: float(row.split()[3]) for row in splits if len(row.split()) == 7}
+    assert validation["CG"] < validation["before"]
+
+
+def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
+    out = run("-m", "benchmarks", "--quick", f"--json={tmp_path / 'bench.json'}")
+    for title in ("One Hessian product", "A block of 10", "20 iterations of CG", "Import", "Peak"):
+        assert f"{title}" in out
+    figures = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert len(figures["costs"]) == 3
+    assert all(cost["hypergradient_ratio"] > 0 for cost in figures["costs"])
