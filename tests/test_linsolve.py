@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -309,6 +310,37 @@ def test_one_wide_leaf_and_non_contiguous_leaves() -> None:
         torch.testing.assert_close(solution.x, b / diagonal)
 
 
+@pytest.mark.parametrize("solver", [hg.CG(rtol=1e-4), hg.Neumann(terms=100, step=0.3, rtol=1e-4)])
+def test_the_host_reads_no_more_for_many_leaves(
+    solver: hg.LinearSolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy to the host per leaf per product would stall an accelerator."""
+    reads = 0
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counting(tensor: torch.Tensor, original: Callable = original) -> object:
+            nonlocal reads
+            reads += 1
+            return original(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    diagonal, b = torch.linspace(1.0, 5.0, 60), rhs_for(60).float()
+
+    def read(leaves: int) -> tuple[int, int]:
+        nonlocal reads
+        reads = 0
+        operator = DiagonalTree(diagonal.chunk(leaves))
+        solution = solver.solve(operator, b.chunk(leaves))
+        assert solution.status is Status.CONVERGED
+        return reads, solution.iterations
+
+    one, iterations = read(1)
+    many, _ = read(30)
+    assert many == one
+    assert one <= 2 * iterations + 40
+
+
 def test_a_linear_operator_needs_only_its_contract() -> None:
     D = Diagonal(torch.tensor([1.0, 2.0, 4.0]))
     assert torch.equal(D.dense(), torch.diag(torch.tensor([1.0, 2.0, 4.0])).double())
@@ -336,6 +368,11 @@ class Diagonal(LinearOperator):
 
     def multiply_chunk(self, block: torch.Tensor) -> torch.Tensor:
         return self._diagonal * block
+
+
+class DiagonalTree(Diagonal):
+    def matvec(self, vector: tuple) -> tuple:
+        return tuple(d * v for d, v in zip(self._diagonal, vector, strict=True))
 
 
 class CountingMatrix(LinearOperator):

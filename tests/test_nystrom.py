@@ -134,6 +134,18 @@ def test_the_generator_decides_the_columns() -> None:
     assert torch.equal(default, hg.Nystrom(rank=5).sketch(A).indices)
 
 
+def test_every_column_is_as_likely_as_the_next() -> None:
+    A = Matrix(torch.eye(6))
+    counts = torch.zeros(6)
+    generator = seeded()
+    for _ in range(2000):
+        indices = hg.Nystrom(rank=2, generator=generator).sketch(A).indices
+        assert indices[0] < indices[1]
+        counts[indices] += 1
+    # 2000 draws at probability 1/3: standard deviation 21, and four of them.
+    assert (counts - 2000 / 3).abs().max() < 84
+
+
 def test_the_chunk_bounds_the_width_of_every_product() -> None:
     widest = 0
 

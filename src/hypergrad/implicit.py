@@ -24,13 +24,13 @@ from hypergrad.checks import (
 from hypergrad.errors import LinearSolveError, LinearSolveWarning
 from hypergrad.evaluation import (
     Objective,
-    RandomState,
     evaluate,
     filled,
     fresh_leaves,
     gradient,
     leaving_no_trace,
 )
+from hypergrad.isolation import RandomState
 from hypergrad.linsolve import CG, LinearSolver, Solution
 from hypergrad.operators import Damped, Mode, hessian
 from hypergrad.tree import Tree

@@ -71,9 +71,7 @@ class Nystrom(LinearSolver):
             )
         if not operator.symmetric:
             raise ValueError("operator must be symmetric for Nystrom, got one that is not")
-        device = None if self.generator is None else self.generator.device
-        drawn = torch.randperm(n, generator=self.generator, device=device)
-        indices = drawn[: self.rank].sort().values.cpu()
+        indices = _draw_coordinates(n, self.rank, self.generator)
         if self.chunk_size is None:
             basis, inverses = stored_factors(operator, indices)
         else:
@@ -82,6 +80,19 @@ class Nystrom(LinearSolver):
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         return self.sketch(operator).solve_scaled(operator, rhs, rhs_scale)
+
+
+def _draw_coordinates(n: int, k: int, generator: torch.Generator | None) -> Tensor:
+    """A uniformly random k-subset of 0 … n−1, sorted, by Floyd's method: no array of size n."""
+    last = torch.arange(n - k, n)
+    device = "cpu" if generator is None else generator.device
+    uniform = torch.rand(k, dtype=torch.float64, generator=generator, device=device).cpu()
+    chosen: set[int] = set()
+    for candidate, fallback in zip(
+        (uniform * (last + 1)).long().tolist(), last.tolist(), strict=True
+    ):
+        chosen.add(fallback if candidate in chosen else candidate)
+    return torch.tensor(sorted(chosen))
 
 
 @dataclass(frozen=True)

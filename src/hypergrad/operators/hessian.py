@@ -17,12 +17,12 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_dependence, check_objective, check_structure, check_tree
 from hypergrad.evaluation import (
     Objective,
-    RandomState,
     evaluate,
     filled,
     fresh_leaves,
     gradient,
 )
+from hypergrad.isolation import RandomState
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

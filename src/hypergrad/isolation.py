@@ -1,0 +1,138 @@
+"""What an objective may change while it runs, and how it is kept from the caller.
+
+The random state is replayed, so that every evaluation sees the same dropout masks, and put back.
+Module buffers (batch-norm statistics, spectral-norm vectors) are copies while a module runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hypergrad import tree as tr
+from hypergrad.tree import Tree
+
+
+class RandomState:
+    """The random state of the CPU and of every device of some trees, to be replayed."""
+
+    def __init__(self, *trees: Tree) -> None:
+        devices = {leaf.device for tree in trees for leaf in tr.leaves(tree)}
+        self._devices = [torch.device("cpu"), *(d for d in devices if d.type not in _STATELESS)]
+        self._states = self._current()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Start from the remembered state; put the caller's back on leaving."""
+        callers = self._current()
+        self._restore(self._states)
+        try:
+            yield
+        finally:
+            self._restore(callers)
+
+    def _current(self) -> list[Tensor]:
+        return [_random_module(d).get_rng_state(*_index(d)) for d in self._devices]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        for device, state in zip(self._devices, states, strict=True):
+            _random_module(device).set_rng_state(state, *_index(device))
+
+
+@contextmanager
+def isolated_buffers() -> Iterator[None]:
+    """Every ``nn.Module`` that this thread calls inside works on copies of its buffers.
+
+    Buffers are swapped and swapped back, not restored by copying, so that graphs which saved one
+    stay valid. Inside another such context this one has nothing left to do.
+    """
+    if _this_thread.isolating:
+        yield
+        return
+    _install()
+    _this_thread.isolating = True
+    try:
+        yield
+    finally:
+        _this_thread.isolating = False
+        _uninstall()
+
+
+class _ThreadState(threading.local):
+    isolating = False
+    inside_a_module = False
+
+
+_this_thread = _ThreadState()
+_lock = threading.Lock()
+_contexts = 0
+_plain_call: Any = nn.Module.__call__
+
+
+def _install() -> None:
+    # Module.__call__ is replaced, as torch.fx does to trace it. Global forward hooks would be the
+    # public way, but compiled modules warn of them and trace into them.
+    global _contexts, _plain_call
+    with _lock:
+        if _contexts == 0:
+            _plain_call = nn.Module.__call__
+            nn.Module.__call__ = _call_isolated  # type: ignore[method-assign]
+        _contexts += 1
+
+
+def _uninstall() -> None:
+    global _contexts
+    with _lock:
+        _contexts -= 1
+        if _contexts == 0:
+            nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
+
+
+def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``module(*args, **kwargs)``; the outermost module of a call on copies of its buffers."""
+    if torch.compiler.is_compiling():
+        return _plain_call(module, *args, **kwargs)
+    if not _this_thread.isolating or _this_thread.inside_a_module:
+        return _plain_call(module, *args, **kwargs)
+    originals = _swap_buffers(module)
+    _this_thread.inside_a_module = True
+    try:
+        return _plain_call(module, *args, **kwargs)
+    finally:
+        _this_thread.inside_a_module = False
+        for buffers, key, original in originals:
+            buffers[key] = original
+
+
+def _swap_buffers(root: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    swapped = []
+    copies: dict[int, Tensor] = {}
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if id(buffer) not in copies:
+                # Not detached: a buffer may be an outer parameter put there by functional_call.
+                copies[id(buffer)] = buffer.clone()
+            swapped.append((module._buffers, key, buffer))
+            module._buffers[key] = copies[id(buffer)]
+    return swapped
+
+
+# Devices without a random state of their own to save.
+_STATELESS = ("cpu", "meta")
+
+
+def _random_module(device: torch.device) -> Any:
+    return torch if device.type == "cpu" else torch.get_device_module(device.type)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type in ("cpu", "mps") else (device,)
