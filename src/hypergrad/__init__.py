@@ -7,7 +7,6 @@ from hypergrad.errors import (
     DoubleBackwardError,
     DoubleBackwardWarning,
     HypergradWarning,
-    LinearSolveError,
     LinearSolveWarning,
 )
 from hypergrad.implicit import Hypergradient, accumulate_grad, hypergradient
@@ -15,6 +14,7 @@ from hypergrad.linsolve import (
     CG,
     Dense,
     Identity,
+    LinearSolveError,
     LinearSolver,
     Neumann,
     Nystrom,

@@ -6,11 +6,6 @@ while computing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hypergrad.linsolve.solution import Solution
-
 
 class HypergradWarning(UserWarning):
     """Base of every warning that hypergrad emits; filter on it to silence or to raise them all."""
@@ -22,18 +17,6 @@ class LinearSolveWarning(HypergradWarning):
 
 class DoubleBackwardWarning(HypergradWarning):
     """An operation has no second derivative, and finite differences are used instead."""
-
-
-class LinearSolveError(RuntimeError):
-    """A linear solve failed and ``on_failure="raise"`` was asked for.
-
-    Attributes:
-        solution: the receipt of the failed solve, with its best iterate.
-    """
-
-    def __init__(self, message: str, solution: Solution) -> None:
-        super().__init__(message)
-        self.solution = solution
 
 
 class DoubleBackwardError(RuntimeError):

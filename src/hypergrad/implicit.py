@@ -21,7 +21,7 @@ from hypergrad.checks import (
     check_objective,
     check_tree,
 )
-from hypergrad.errors import LinearSolveError, LinearSolveWarning
+from hypergrad.errors import LinearSolveWarning
 from hypergrad.evaluation import (
     Objective,
     evaluate,
@@ -31,7 +31,7 @@ from hypergrad.evaluation import (
     leaving_no_trace,
 )
 from hypergrad.isolation import RandomState
-from hypergrad.linsolve import CG, LinearSolver, Solution
+from hypergrad.linsolve import CG, LinearSolveError, LinearSolver, Solution
 from hypergrad.operators import Damped, Mode, hessian
 from hypergrad.tree import Tree
 

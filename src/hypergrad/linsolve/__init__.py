@@ -6,12 +6,13 @@ from hypergrad.linsolve.dense import Dense
 from hypergrad.linsolve.identity import Identity
 from hypergrad.linsolve.neumann import Neumann
 from hypergrad.linsolve.nystrom import Nystrom, NystromSketch
-from hypergrad.linsolve.solution import Solution, Status
+from hypergrad.linsolve.solution import LinearSolveError, Solution, Status
 
 __all__ = [
     "CG",
     "Dense",
     "Identity",
+    "LinearSolveError",
     "LinearSolver",
     "Neumann",
     "Nystrom",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_like
 from hypergrad.linsolve.solution import Solution, Status
-from hypergrad.operators.base import LinearOperator
+from hypergrad.operators.base import LinearOperator, WrappedOperator
 from hypergrad.tree import Tree
 
 
@@ -74,14 +75,14 @@ class LinearSolver(ABC):
         scale = tr.norm(rhs)
         if scale == 0.0:
             return Solution(tr.zeros_like(rhs), Status.CONVERGED, 0, 0, 0.0)
-        if not _finite(scale):
+        if not math.isfinite(scale):
             return Solution(tr.zeros_like(rhs), Status.NON_FINITE, 0, 0, None)
 
         unit = tr.divide(rhs, scale)
         start = None if x0 is None else tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
         if start is not None:
             residual = tr.subtract(unit, counted.matvec(start))
-            if _finite(tr.norm(residual)):
+            if math.isfinite(tr.norm(residual)):
                 unit = residual
             else:
                 start = None
@@ -96,7 +97,7 @@ class LinearSolver(ABC):
             outcome.status,
             outcome.iterations,
             counted.matvecs,
-            outcome.residual_norm if _finite(outcome.residual_norm or 0.0) else None,
+            outcome.residual_norm if math.isfinite(outcome.residual_norm or 0.0) else None,
             outcome.residuals,
         )
 
@@ -106,28 +107,12 @@ def residual_norm(operator: LinearOperator, x: Tree, rhs: Tree) -> float:
     return tr.norm(tr.subtract(rhs, operator.matvec(x)))
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0.0
-
-
-class _Counted(LinearOperator):
+class _Counted(WrappedOperator):
     """An operator that counts its products."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        self._operator = operator
+        super().__init__(operator)
         self.matvecs = 0
-
-    @property
-    def like(self) -> Tree:
-        return self._operator.like
-
-    @property
-    def symmetric(self) -> bool:
-        return self._operator.symmetric
-
-    @property
-    def default_chunk_size(self) -> int:
-        return self._operator.default_chunk_size
 
     def matvec(self, vector: Tree) -> Tree:
         self.matvecs += 1

@@ -24,7 +24,8 @@ class Nystrom(LinearSolver):
     """``A⁻¹ b ≈ (H_k + ρI)⁻¹ b``, ``H_k = C W⁺ Cᵀ`` (Hataya & Yamada 2023).
 
     C holds the columns of A at ``rank`` coordinates drawn uniformly without replacement, W the
-    rows of C at the same coordinates. At full rank it is the exact ``(A + ρI)⁻¹ b``.
+    rows of C at the same coordinates. At full rank it is the exact ``(A + ρI)⁻¹ b``, but for
+    directions in which C is below about 1e-8 (1e-7 in float32) of its norm: they count as zero.
 
     Args:
         rank: k, from 1 to the number n of parameters. Costs k products, and memory for k vectors.

@@ -82,3 +82,15 @@ class Solution:
             f"{self.status.name}: {self.iterations} iterations, {self.matvecs} matvecs, "
             f"relative residual {residual}; {self.status.value}"
         )
+
+
+class LinearSolveError(RuntimeError):
+    """A linear solve failed and ``on_failure="raise"`` was asked for.
+
+    Attributes:
+        solution: the receipt of the failed solve, with its best iterate.
+    """
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution

@@ -86,6 +86,25 @@ class LinearOperator(ABC):
         return torch.cat(columns).T.contiguous()
 
 
+class WrappedOperator(LinearOperator):
+    """A map made from another on the same space."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self._operator = operator
+
+    @property
+    def like(self) -> Tree:
+        return self._operator.like
+
+    @property
+    def symmetric(self) -> bool:
+        return self._operator.symmetric
+
+    @property
+    def default_chunk_size(self) -> int:
+        return self._operator.default_chunk_size
+
+
 def one_by_one(operator: LinearOperator, block: Tree) -> Tree:
     """``A V`` vector by vector, for operators that gain nothing from a batch."""
     return bl.stack([operator.matvec(vector) for vector in bl.unstack(block)])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_number
-from hypergrad.operators.base import LinearOperator
+from hypergrad.operators.base import LinearOperator, WrappedOperator
 from hypergrad.tree import Tree
 
 
-class Damped(LinearOperator):
+class Damped(WrappedOperator):
     """The map ``v ↦ A v + λ v``, which moves every eigenvalue of A up by λ.
 
     Args:
@@ -28,20 +28,8 @@ class Damped(LinearOperator):
 
     def __init__(self, operator: LinearOperator, damping: float) -> None:
         check_number(damping, "damping", at_least=0.0)
-        self._operator = operator
+        super().__init__(operator)
         self._damping = damping
-
-    @property
-    def like(self) -> Tree:
-        return self._operator.like
-
-    @property
-    def symmetric(self) -> bool:
-        return self._operator.symmetric
-
-    @property
-    def default_chunk_size(self) -> int:
-        return self._operator.default_chunk_size
 
     def matvec(self, vector: Tree) -> Tree:
         return tr.add(self._operator.matvec(vector), vector, self._damping)
