@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 import hypergrad as hg
-from hypergrad.operators import LinearOperator, Matrix
+from hypergrad.operators import Matrix, SymmetricOperator
 
 SPD = [(5, 1.0), (5, 10.0), (20, 100.0), (100, 1e3), (300, 1e4), (2000, 1e2)]
 """n and condition number."""
@@ -19,7 +21,7 @@ def residual(A: torch.Tensor, solution: hg.Solution, b: torch.Tensor) -> float:
     return float((b.double() - A.double() @ solution.x.double()).norm() / b.double().norm())
 
 
-class Diagonal(LinearOperator):
+class Diagonal(SymmetricOperator):
     def __init__(self, diagonal: torch.Tensor) -> None:
         self._diagonal = diagonal
 
@@ -28,8 +30,8 @@ class Diagonal(LinearOperator):
         return self._diagonal
 
     @property
-    def symmetric(self) -> bool:
-        return True
+    def lower_bound(self) -> float:
+        return -math.inf
 
     @property
     def default_chunk_size(self) -> int:
@@ -47,7 +49,7 @@ class DiagonalTree(Diagonal):
         return tuple(d * v for d, v in zip(self._diagonal, vector, strict=True))
 
 
-class CountingMatrix(LinearOperator):
+class CountingMatrix(SymmetricOperator):
     def __init__(self, matrix: torch.Tensor) -> None:
         self._matrix = Matrix(matrix)
         self.products = 0
@@ -57,8 +59,8 @@ class CountingMatrix(LinearOperator):
         return self._matrix.like
 
     @property
-    def symmetric(self) -> bool:
-        return True
+    def lower_bound(self) -> float:
+        return -math.inf
 
     @property
     def default_chunk_size(self) -> int:

@@ -34,14 +34,16 @@ def test_agrees_with_the_textbook_formula(rank: int, rho: float, chunk_size: int
     b = torch.randn(30, generator=seeded(), dtype=torch.float64)
     solver = hg.Nystrom(rank=rank, rho=rho, chunk_size=chunk_size, generator=seeded(rank))
     sketch = solver.sketch(Matrix(A))
-    expected = textbook(A, sketch.indices, rho, b)
+    expected = textbook(A, sketch.sketch.test.indices, rho, b)
     error = (sketch.apply(b) - expected).norm() / expected.norm()
     # Forming (H_k + ρI) loses its condition number; so does the reference.
     assert error < 1e-13 * max(1e3, A.norm() / rho)
     eigenvalues = torch.linalg.eigvalsh(
-        A[:, sketch.indices]
-        @ torch.linalg.pinv(A[sketch.indices][:, sketch.indices], hermitian=True)
-        @ A[sketch.indices]
+        A[:, sketch.sketch.test.indices]
+        @ torch.linalg.pinv(
+            A[sketch.sketch.test.indices][:, sketch.sketch.test.indices], hermitian=True
+        )
+        @ A[sketch.sketch.test.indices]
     )
     torch.testing.assert_close(sketch.eigenvalues.sort().values, eigenvalues[-rank:])
 
@@ -57,7 +59,7 @@ def test_float32_is_accurate_down_to_a_tiny_rho(
     b = torch.randn(30, generator=seeded())
     solver = hg.Nystrom(rank=rank, rho=rho, chunk_size=chunk_size, generator=seeded(rank))
     sketch = solver.sketch(Matrix(A))
-    expected = textbook(A, sketch.indices, rho, b)
+    expected = textbook(A, sketch.sketch.test.indices, rho, b)
     actual = sketch.apply(b)
     assert actual.dtype == torch.float32
     assert torch.isfinite(actual).all()
@@ -105,7 +107,7 @@ def test_any_rank_any_rho(n: int, condition: float, rho: float, data: st.DataObj
     A = spd_matrix(n, condition, n)
     b = torch.randn(n, generator=seeded(n), dtype=torch.float64)
     sketch = hg.Nystrom(rank=rank, rho=rho, generator=seeded(rank)).sketch(Matrix(A))
-    expected = textbook(A, sketch.indices, rho, b)
+    expected = textbook(A, sketch.sketch.test.indices, rho, b)
     assert (sketch.apply(b) - expected).norm() <= 1e-12 * (condition / rho + 1e3) * expected.norm()
 
 
@@ -123,15 +125,15 @@ def test_a_kept_sketch_costs_no_product_for_another_right_hand_side() -> None:
 def test_the_generator_decides_the_columns() -> None:
     A = Matrix(spd_matrix(30, 100.0, 0))
     first, again, other = (
-        hg.Nystrom(rank=5, generator=seeded(s)).sketch(A).indices for s in (1, 1, 2)
+        hg.Nystrom(rank=5, generator=seeded(s)).sketch(A).sketch.test.indices for s in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(first.unique()) == 5
     torch.manual_seed(3)
-    default = hg.Nystrom(rank=5).sketch(A).indices
+    default = hg.Nystrom(rank=5).sketch(A).sketch.test.indices
     torch.manual_seed(3)
-    assert torch.equal(default, hg.Nystrom(rank=5).sketch(A).indices)
+    assert torch.equal(default, hg.Nystrom(rank=5).sketch(A).sketch.test.indices)
 
 
 def test_every_column_is_as_likely_as_the_next() -> None:
@@ -139,7 +141,7 @@ def test_every_column_is_as_likely_as_the_next() -> None:
     counts = torch.zeros(6)
     generator = seeded()
     for _ in range(2000):
-        indices = hg.Nystrom(rank=2, generator=generator).sketch(A).indices
+        indices = hg.Nystrom(rank=2, generator=generator).sketch(A).sketch.test.indices
         assert indices[0] < indices[1]
         counts[indices] += 1
     # 2000 draws at probability 1/3: standard deviation 21, and four of them.

@@ -96,6 +96,22 @@ def gram(left: Tree, right: Tree) -> Tensor:
     return total
 
 
+def norms(block: Tree) -> Tensor:
+    """The norm of each vector of ``block``, float64, shape ``(k,)``."""
+    first = tr.leaves(block)[0]
+    squares = first.new_zeros(width(block), dtype=_wide(first))
+    for leaf in tr.leaves(block):
+        squares += torch.linalg.vector_norm(_rows(leaf), dim=1, dtype=_wide(leaf)).square()
+    return squares.sqrt()
+
+
+def scale_rows(block: Tree, factors: Tensor) -> Tree:
+    """The block of ``c_i V_i`` for ``factors`` of shape ``(k,)``."""
+    return tr.map_leaves(
+        lambda leaf: leaf * factors.to(leaf).reshape(-1, *[1] * (leaf.ndim - 1)), block
+    )
+
+
 def combine(block: Tree, coefficients: Tensor) -> Tree:
     """``Σ_i c_i V_i`` for ``coefficients`` of shape ``(k,)``, or a block for shape ``(m, k)``."""
 

@@ -17,13 +17,10 @@ from hypergrad import tree as tr
 from hypergrad.tree import Tree
 
 
-def check_objective(objective: Any, name: str) -> None:
+def check_objective(objective: Any, name: str, arguments: str = "(params, hparams)") -> None:
     """Raise ``TypeError`` unless ``objective`` can be called."""
     if not callable(objective):
-        raise TypeError(
-            f"{name} must be a function of (params, hparams) that returns a scalar tensor, "
-            f"got {type(objective).__name__}"
-        )
+        raise TypeError(f"{name} must be a function of {arguments}, got {type(objective).__name__}")
 
 
 def check_tree(tree: Tree, name: str) -> None:

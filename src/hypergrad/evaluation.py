@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_value
+from hypergrad.checks import check_tree, check_value
 from hypergrad.isolation import RandomState, isolated_buffers
 from hypergrad.tree import Tree
 
@@ -50,6 +50,34 @@ def evaluate(
         value = objective(params, hparams)
         check_value(value, name)
         return value.reshape(())
+
+
+def evaluate_outputs(
+    function: Callable[[Tree, Tree], Tree],
+    params: Tree,
+    hparams: Tree,
+    random_state: RandomState,
+    name: str,
+) -> Tree:
+    """The checked tree ``function(params, hparams)``, with a graph that carries two derivatives.
+
+    Args:
+        function: returns a tree of tensors, such as a model's outputs or the value of a root
+            function.
+        params: θ, leaves that require gradients.
+        hparams: φ, likewise.
+        random_state: what to start from.
+        name: what to call the function in errors.
+
+    Raises:
+        TypeError, ValueError: it does not return a tree of finite floating-point tensors.
+    """
+    with leaving_no_trace(twice=True), random_state.replayed():
+        outputs = function(params, hparams)
+        check_tree(outputs, f"the value of {name}")
+        if not tr.is_finite(outputs):
+            raise ValueError(f"{name} must return finite values, got an infinity or a NaN")
+        return outputs
 
 
 @contextmanager

@@ -36,6 +36,11 @@ class RandomState:
         finally:
             self._restore(callers)
 
+    def advance(self) -> None:
+        """Move the random state of every device on by one draw."""
+        for device in self._devices:
+            torch.rand((), device=device)
+
     def _current(self) -> list[Tensor]:
         return [_random_module(d).get_rng_state(*_index(d)) for d in self._devices]
 

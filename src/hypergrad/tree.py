@@ -147,6 +147,17 @@ def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
     return map_leaves(draw, tree)
 
 
+def random_signs_like(tree: Tree, generator: torch.Generator | None) -> Tree:
+    """A vector of independent signs ±1; from PyTorch's default CPU generator if none is given."""
+    device = "cpu" if generator is None else generator.device
+
+    def draw(leaf: Tensor) -> Tensor:
+        bits = torch.randint(2, leaf.shape, generator=generator, device=device)
+        return (2 * bits - 1).to(device=leaf.device, dtype=leaf.dtype)
+
+    return map_leaves(draw, tree)
+
+
 def _sum_of_squares(x: Tree, unit: float) -> float:
     squares = []
     for leaf in leaves(x):

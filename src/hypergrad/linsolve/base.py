@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_like
@@ -39,7 +40,13 @@ class LinearSolver(ABC):
     same: it checks the input, widens half precision, scales b to norm 1 (so that a tiny b in low
     precision does not underflow), starts from x0 by solving for the correction ``A e = b − A x0``,
     and counts the products.
+
+    Attributes:
+        needs_symmetric: whether the method is wrong for a non-symmetric A; ``solve`` then ends as
+            ``NOT_SYMMETRIC`` unless the operator is known to be symmetric.
     """
+
+    needs_symmetric: ClassVar[bool]
 
     @abstractmethod
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
@@ -70,8 +77,10 @@ class LinearSolver(ABC):
         check_like(rhs, operator.like, "rhs", "the operator's vectors")
         if x0 is not None:
             check_like(x0, operator.like, "x0", "the operator's vectors")
-        counted = _Counted(operator)
+        counted = Counted(operator)
         rhs = tr.at_least_float32(tr.detach(rhs))
+        if self.needs_symmetric and not operator.symmetric:
+            return Solution(tr.zeros_like(rhs), Status.NOT_SYMMETRIC, 0, 0, 1.0)
         scale = tr.norm(rhs)
         if scale == 0.0:
             return Solution(tr.zeros_like(rhs), Status.CONVERGED, 0, 0, 0.0)
@@ -107,16 +116,24 @@ def residual_norm(operator: LinearOperator, x: Tree, rhs: Tree) -> float:
     return tr.norm(tr.subtract(rhs, operator.matvec(x)))
 
 
-class _Counted(WrappedOperator):
+class Counted(WrappedOperator):
     """An operator that counts its products."""
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator)
         self.matvecs = 0
 
+    @property
+    def lower_bound(self) -> float:
+        return self._operator.lower_bound
+
     def matvec(self, vector: Tree) -> Tree:
         self.matvecs += 1
         return self._operator.matvec(vector)
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        self.matvecs += 1
+        return self._operator.rmatvec(vector)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         self.matvecs += len(tr.leaves(block)[0])

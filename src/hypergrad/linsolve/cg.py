@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
+from hypergrad.linsolve.preconditioner import (
+    Preconditioner,
+    apply_preconditioner,
+    check_preconditioner,
+    observe,
+    prepare,
+)
 from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
@@ -28,8 +36,9 @@ class CG(LinearSolver):
         atol: absolute tolerance, in the units of b.
         maxiter: the most iterations; ``None`` is 10 n, as in SciPy. Each costs one product, so set
             it for large models.
-        preconditioner: a function ``r ↦ M r`` on trees, linear, symmetric and positive definite,
-            with M near A⁻¹. It may be applied to scaled vectors.
+        preconditioner: such as :class:`NystromPreconditioner`; or a function ``r ↦ M r`` on trees,
+            linear, symmetric and positive definite, with M near A⁻¹, which may be applied to scaled
+            vectors.
         record_residuals: whether the receipt keeps the residual norm of every iteration.
 
     Raises:
@@ -43,21 +52,19 @@ class CG(LinearSolver):
         ('CONVERGED', 2)
     """
 
+    needs_symmetric: ClassVar[bool] = True
+
     rtol: float = 1e-5
     atol: float = 0.0
     maxiter: int | None = None
-    preconditioner: Callable[[Tree], Tree] | None = None
+    preconditioner: Preconditioner | Callable[[Tree], Tree] | None = None
     record_residuals: bool = False
 
     def __post_init__(self) -> None:
         check_number(self.rtol, "rtol", at_least=0.0)
         check_number(self.atol, "atol", at_least=0.0)
         check_count(self.maxiter, "maxiter", optional=True)
-        if self.preconditioner is not None and not callable(self.preconditioner):
-            raise TypeError(
-                "preconditioner must be a function from a tree to a tree or None, got "
-                f"{type(self.preconditioner).__name__}"
-            )
+        check_preconditioner(self.preconditioner)
 
     # Deviations from the textbook:
     # - b − A x is computed every few iterations and whenever the recurrence claims convergence,
@@ -66,8 +73,9 @@ class CG(LinearSolver):
     #   then CG starts again from the true residual, as iterative refinement does.
     # - A restart that did not halve the residual of the one before shows rounding: STAGNATED.
     # - A direction whose curvature pᵀAp / pᵀM⁻¹p is negative, or zero to rounding beside the
-    #   largest one met, ends the solve with the iterate of least residual. The denominator is `pp`:
-    #   it has a recurrence of its own, since z and the last p are conjugate in M⁻¹.
+    #   largest one met, ends the solve with the iterate of least residual. In an operator known to
+    #   have no negative curvature it is rounding. The denominator is `pp`: it has a recurrence of
+    #   its own, since z and the last p are conjugate in M⁻¹.
     # - The host reads two scalars an iteration, pᵀAp and ‖r‖ (three with a preconditioner).
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         tolerance = max(self.rtol, self.atol / rhs_scale)
@@ -76,7 +84,8 @@ class CG(LinearSolver):
 
         x, r = tr.zeros_like(rhs), tr.clone(rhs)
         norm = _norm(r)
-        z, rz = self._precondition(r, norm)
+        precondition = prepare(self.preconditioner, operator)
+        z, rz = apply_preconditioner(precondition, r, norm)
         p, pp = tr.clone(z), rz
         status = Status.CONVERGED if norm <= tolerance else Status.MAX_ITERATIONS
         measured: float | None = norm
@@ -94,7 +103,8 @@ class CG(LinearSolver):
                 status = Status.NON_FINITE
                 break
             if pAp <= flat:
-                status = Status.NEGATIVE_CURVATURE if pAp < -flat else Status.BREAKDOWN
+                negative = pAp < -flat and operator.lower_bound < 0.0
+                status = Status.NEGATIVE_CURVATURE if negative else Status.BREAKDOWN
                 break
             largest_curvature = max(largest_curvature, pAp / pp)
 
@@ -129,7 +139,7 @@ class CG(LinearSolver):
                 break
 
             rz_old = rz
-            z, rz = self._precondition(r, norm)
+            z, rz = apply_preconditioner(precondition, r, norm)
             beta = 0.0 if drifted else rz / rz_old
             tr.scale_(p, beta)
             tr.add_(p, z)
@@ -141,22 +151,10 @@ class CG(LinearSolver):
             x, measured = best, None
         if measured is None:
             measured = residual_norm(operator, x, rhs)
+        observe(self.preconditioner, iteration)
         return Outcome(
             x, status, iteration, measured, tuple(history) if self.record_residuals else None
         )
-
-    def _precondition(self, r: Tree, norm: float) -> tuple[Tree, float]:
-        """``z = M r`` and ``⟨r, z⟩``."""
-        if self.preconditioner is None:
-            return r, norm**2
-        z = self.preconditioner(r)
-        (rz,) = tr.to_floats(tr.dot(r, z))
-        if rz <= 0.0 < norm:
-            raise ValueError(
-                "preconditioner must be positive definite, got ⟨r, M r⟩ = "
-                f"{rz:.3g} for a residual of norm {norm:.3g}"
-            )
-        return z, rz
 
 
 def _norm(vector: Tree) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Dense(LinearSolver):
     Raises:
         TypeError, ValueError: ``max_size`` is not an integer ≥ 1; in ``solve``, n is larger.
     """
+
+    needs_symmetric: ClassVar[bool] = False
 
     max_size: int = 20_000
 

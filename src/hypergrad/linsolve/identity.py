@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_number
@@ -26,6 +27,8 @@ class Identity(LinearSolver):
     Raises:
         TypeError, ValueError: ``scale`` is not a finite number > 0.
     """
+
+    needs_symmetric: ClassVar[bool] = False
 
     scale: float = 1.0
     measure_residual: bool = False

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
+from typing import ClassVar
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
+from hypergrad.linsolve.lanczos import extreme_eigenvalues
 from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-# Power iteration: a step within (0, 2/λ_max) is all that is asked of the estimate.
-_POWER_ITERATIONS = 20
-_POWER_RTOL = 0.02
+# A step within (0, 2/λ_max) is all that is asked of the estimate.
+_LANCZOS_ITERATIONS = 15
+_LANCZOS_RTOL = 0.02
 # Growth of a term that rounding alone can explain.
 _SLACK = 1e-3
 
@@ -32,7 +32,8 @@ class Neumann(LinearSolver):
     Args:
         terms: how many terms to sum, at most.
         step: a number in (0, 2/λ_max), like the learning rate of gradient descent. ``None``
-            estimates 1/λ_max by at most 20 power iterations, one product each.
+            estimates 1/λ_max by at most 15 Lanczos steps, one product each, if the operator is
+            symmetric; else it is 1, right for ``A = I − M`` with a contraction M.
         rtol: relative tolerance; 0 sums all terms.
         measure_residual: whether to spend one product to report the residual of a sum that did not
             reach ``rtol``.
@@ -47,6 +48,8 @@ class Neumann(LinearSolver):
         >>> hg.Neumann(terms=100, step=0.5).solve(A, torch.tensor([1.0, 1.0])).x
         tensor([1.0000, 0.5000])
     """
+
+    needs_symmetric: ClassVar[bool] = False
 
     terms: int = 20
     step: float | None = None
@@ -63,7 +66,7 @@ class Neumann(LinearSolver):
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         step = self.step
         if step is None:
-            largest = abs(largest_eigenvalue(operator))
+            largest = _magnitude(operator)
             if not math.isfinite(largest):
                 return Outcome(tr.zeros_like(rhs), Status.NON_FINITE, 0, None)
             # A = 0 along every direction tried: any step will show the divergence.
@@ -107,23 +110,8 @@ class Neumann(LinearSolver):
         )
 
 
-def largest_eigenvalue(operator: LinearOperator) -> float:
-    """The eigenvalue of largest magnitude of a symmetric operator, by power iteration.
-
-    From a fixed random start, until two Rayleigh quotients agree to 2 %, in at most 20 products.
-    The magnitude is never overestimated.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vector = tr.at_least_float32(tr.random_normal_like(operator.like, generator))
-    vector = tr.divide(vector, tr.norm(vector))
-    estimate = 0.0
-    for _ in range(_POWER_ITERATIONS):
-        product = operator.matvec(vector)
-        previous, (estimate,) = estimate, tr.to_floats(tr.dot(vector, product))
-        length = tr.norm(product)
-        if length == 0.0 or not math.isfinite(length):
-            return length
-        if abs(estimate - previous) <= _POWER_RTOL * abs(estimate):
-            break
-        vector = tr.divide(product, length)
-    return estimate
+def _magnitude(operator: LinearOperator) -> float:
+    """max|λ| of a symmetric operator; 1 for others."""
+    if not operator.symmetric:
+        return 1.0
+    return extreme_eigenvalues(operator, maxiter=_LANCZOS_ITERATIONS, rtol=_LANCZOS_RTOL).magnitude

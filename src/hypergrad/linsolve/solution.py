@@ -20,8 +20,12 @@ class Status(Enum):
         "rtol, add damping, or use a preconditioner"
     )
     STAGNATED = (
-        "rounding keeps the residual above the tolerance; loosen rtol, add damping, or use a wider "
-        "dtype"
+        "rounding (or a restart that comes too early) keeps the residual above the tolerance; "
+        "loosen rtol, add damping, use a wider dtype, or restart later"
+    )
+    NOT_SYMMETRIC = (
+        "the method needs a symmetric operator and this one is not known to be symmetric; use "
+        "GMRES, NormalCG or FixedPoint"
     )
     BREAKDOWN = (
         "the operator is singular along a direction that the right-hand side needs; add damping, "
@@ -32,8 +36,8 @@ class Status(Enum):
         "inner objective; train it longer or add damping"
     )
     DIVERGED = (
-        "the series diverges, since an eigenvalue of the operator lies outside (0, 2/step); use a "
-        "smaller step, add damping, or use CG"
+        "the iteration diverges, since an eigenvalue of the operator lies too far from 1/step (for "
+        "a symmetric one: outside (0, 2/step)); use a smaller step, add damping, or use CG or GMRES"
     )
     NON_FINITE = (
         "an infinity or a NaN appeared in the right-hand side or in a product; check the second "

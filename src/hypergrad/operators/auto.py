@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 from hypergrad.checks import check_choice
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
 from hypergrad.evaluation import Objective
+from hypergrad.minibatch import Averaged, Sampled
+from hypergrad.operators.averaged import AveragedHessian, SampledHessian
 from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
 from hypergrad.operators.hessian import Hessian
@@ -21,7 +23,8 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
     """The Hessian ``∂²f/∂θ²`` of an inner objective, with its outer side.
 
     Args:
-        inner: ``f(params, hparams)``, returns a scalar tensor.
+        inner: ``f(params, hparams)``, returns a scalar tensor; or mini-batches of it,
+            :class:`hypergrad.Averaged` or :class:`hypergrad.Sampled`.
         params: θ, a tree of floating-point tensors.
         hparams: φ, likewise.
         mode: how products are computed. ``"reverse"``: over a kept graph, the fastest.
@@ -42,6 +45,10 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
         tensor([ 6., 12.])
     """
     check_choice(mode, "mode", ("auto", "reverse", "forward", "finite-difference"))
+    if isinstance(inner, Averaged):
+        return AveragedHessian(inner, params, hparams, _MODES[mode])
+    if isinstance(inner, Sampled):
+        return SampledHessian(inner, params, hparams, _MODES[mode])
     return _MODES[mode](inner, params, hparams)
 
 

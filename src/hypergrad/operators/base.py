@@ -33,12 +33,24 @@ class LinearOperator(ABC):
 
     @property
     @abstractmethod
+    def lower_bound(self) -> float:
+        """A number that no eigenvalue of a symmetric A lies below; ``-inf`` where none is known.
+
+        0 marks A as positive semi-definite. A bound above 0 makes error bounds certain.
+        """
+
+    @property
+    @abstractmethod
     def default_chunk_size(self) -> int:
         """How many vectors of a block :meth:`matmat` multiplies at once, unless told."""
 
     @abstractmethod
     def matvec(self, vector: Tree) -> Tree:
         """``A v``."""
+
+    @abstractmethod
+    def rmatvec(self, vector: Tree) -> Tree:
+        """``Aᵀ v``."""
 
     @abstractmethod
     def multiply_chunk(self, block: Tree) -> Tree:
@@ -84,6 +96,17 @@ class LinearOperator(ABC):
         every = torch.arange(tr.size(self.like))
         columns = [bl.to_matrix(part) for part in self.columns(every, chunk_size=chunk_size)]
         return torch.cat(columns).T.contiguous()
+
+
+class SymmetricOperator(LinearOperator):
+    """A map that is its own transpose."""
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        return self.matvec(vector)
 
 
 class WrappedOperator(LinearOperator):

@@ -31,8 +31,15 @@ class Damped(WrappedOperator):
         super().__init__(operator)
         self._damping = damping
 
+    @property
+    def lower_bound(self) -> float:
+        return self._operator.lower_bound + self._damping
+
     def matvec(self, vector: Tree) -> Tree:
         return tr.add(self._operator.matvec(vector), vector, self._damping)
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        return tr.add(self._operator.rmatvec(vector), vector, self._damping)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return tr.add(self._operator.multiply_chunk(block), block, self._damping)

@@ -9,6 +9,7 @@ since second derivatives commute. A *mode* is a way to compute it; each has a fi
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 from torch import Tensor
@@ -23,11 +24,11 @@ from hypergrad.evaluation import (
     gradient,
 )
 from hypergrad.isolation import RandomState
-from hypergrad.operators.base import LinearOperator
+from hypergrad.operators.base import SymmetricOperator
 from hypergrad.tree import Tree
 
 
-class Hessian(LinearOperator):
+class Hessian(SymmetricOperator):
     """``H = ∂²f/∂θ²`` of ``inner`` at ``params``, with the outer side ``v ↦ (∂_φ F)ᵀ v``.
 
     The random state is remembered when the operator is made and replayed at each evaluation of
@@ -69,8 +70,8 @@ class Hessian(LinearOperator):
         return self._params
 
     @property
-    def symmetric(self) -> bool:
-        return True
+    def lower_bound(self) -> float:
+        return -math.inf
 
     @abstractmethod
     def linearise(self) -> tuple[float, Tree]:
@@ -78,7 +79,10 @@ class Hessian(LinearOperator):
 
     @abstractmethod
     def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
-        """``(∂_φ F)ᵀ v`` if ``outer``, else ``H v``, for ``vector`` in the dtypes of ``params``."""
+        """``(∂_φ F)ᵀ v`` if ``outer``, else ``H v``, for ``vector`` in the dtypes of ``params``.
+
+        The result may be in wider dtypes.
+        """
 
     def matvec(self, vector: Tree) -> Tree:
         check_structure(vector, self._params, "vector", "params")
@@ -93,7 +97,7 @@ class Hessian(LinearOperator):
         """
         check_structure(vector, self._params, "vector", "params")
         narrow = tr.cast_like(vector, self._params)
-        return self.differentiate_gradient(narrow, outer=True)
+        return tr.cast_like(self.differentiate_gradient(narrow, outer=True), self._hparams)
 
     def inner_value(self, params: Tree, *, twice: bool = False) -> Tensor:
         """``f`` at other ``params`` of the same structure, with its graph."""

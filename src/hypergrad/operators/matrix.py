@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class Matrix(LinearOperator):
     Args:
         matrix: shape ``(n, n)``.
         like: a vector of n elements in any structure; the default is one flat tensor.
+        lower_bound: of the eigenvalues, if known.
 
     Raises:
         TypeError: a leaf of ``like`` is no floating-point tensor.
@@ -30,7 +33,9 @@ class Matrix(LinearOperator):
         tensor([2., 1.])
     """
 
-    def __init__(self, matrix: Tensor, like: Tree | None = None) -> None:
+    def __init__(
+        self, matrix: Tensor, like: Tree | None = None, *, lower_bound: float = -math.inf
+    ) -> None:
         check_tree(matrix, "matrix")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must have shape (n, n), got {tuple(matrix.shape)}")
@@ -41,6 +46,7 @@ class Matrix(LinearOperator):
                 f"like must have n = {len(matrix)} elements, got {bl.to_flat(self._like).numel()}"
             )
         self._matrix = matrix
+        self._lower_bound = lower_bound
         rounding = 10 * torch.finfo(matrix.dtype).eps
         self._symmetric = bool((matrix - matrix.T).abs().max() <= rounding * matrix.abs().max())
 
@@ -53,11 +59,19 @@ class Matrix(LinearOperator):
         return self._symmetric
 
     @property
+    def lower_bound(self) -> float:
+        return self._lower_bound
+
+    @property
     def default_chunk_size(self) -> int:
         return len(self._matrix)
 
     def matvec(self, vector: Tree) -> Tree:
         product = self._matrix @ bl.to_flat(vector).to(self._matrix)
+        return bl.from_flat(product, vector)
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        product = self._matrix.T @ bl.to_flat(vector).to(self._matrix)
         return bl.from_flat(product, vector)
 
     def multiply_chunk(self, block: Tree) -> Tree:

@@ -1,0 +1,145 @@
+"""The minimum residual method, for symmetric operators that may be indefinite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
+from hypergrad.linsolve.preconditioner import (
+    Preconditioner,
+    apply_preconditioner,
+    check_preconditioner,
+    observe,
+    prepare,
+)
+from hypergrad.linsolve.refine import Cycle, refine
+from hypergrad.linsolve.solution import Status
+from hypergrad.operators.base import LinearOperator
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class MINRES(LinearSolver):
+    """The x of least ``‖b − A x‖`` in the Krylov space, for symmetric A (Paige & Saunders 1975).
+
+    Unlike CG it does not mind negative curvature, as Hessians of networks have it. Whether the
+    answer is what is wanted there is another matter: the implicit function theorem holds at a
+    saddle point as well, but a saddle point is no minimum.
+
+    Args:
+        rtol: relative tolerance, for the measured residual.
+        atol: absolute tolerance, in the units of b.
+        maxiter: the most iterations; ``None`` is 10 n. Each costs one product.
+        preconditioner: such as :class:`NystromPreconditioner`; or a function ``r ↦ M r`` on trees,
+            linear, symmetric and positive definite, with M near ``|A|⁻¹``.
+        record_residuals: whether the receipt keeps the residual norm of every iteration; with a
+            preconditioner, in its norm.
+
+    Raises:
+        TypeError, ValueError: an option is out of its range.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> A = hg.operators.Matrix(torch.diag(torch.tensor([2.0, -1.0])))
+        >>> hg.MINRES().solve(A, torch.tensor([2.0, 3.0])).x
+        tensor([ 1.0000, -3.0000])
+    """
+
+    needs_symmetric: ClassVar[bool] = True
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    maxiter: int | None = None
+    preconditioner: Preconditioner | Callable[[Tree], Tree] | None = None
+    record_residuals: bool = False
+
+    def __post_init__(self) -> None:
+        check_number(self.rtol, "rtol", at_least=0.0)
+        check_number(self.atol, "atol", at_least=0.0)
+        check_count(self.maxiter, "maxiter", optional=True)
+        check_preconditioner(self.preconditioner)
+
+    def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
+        precondition = prepare(self.preconditioner, operator)
+        outcome = refine(
+            operator,
+            rhs,
+            tolerance=max(self.rtol, self.atol / rhs_scale),
+            maxiter=self.maxiter or 10 * tr.size(rhs),
+            cycle=lambda r, target, budget: _minres(operator, r, target, budget, precondition),
+            gain=0.5,
+            record=self.record_residuals,
+        )
+        observe(self.preconditioner, outcome.iterations)
+        return outcome
+
+
+# The letters are those of Paige & Saunders: the Lanczos process gives α and β, the rotations (c, s)
+# make its tridiagonal matrix triangular, φ̄ is the norm of the residual (in the norm of M).
+def _minres(
+    operator: LinearOperator,
+    rhs: Tree,
+    target: float,
+    maxiter: int,
+    precondition: Callable[[Tree], Tree] | None,
+) -> Cycle:
+    epsilon = tr.epsilon(rhs)
+    norm = tr.norm(rhs)
+    x = tr.zeros_like(rhs)
+    r_old, r = rhs, rhs
+    y, beta_squared = apply_preconditioner(precondition, r, norm)
+    beta = beta_first = math.sqrt(beta_squared)
+    beta_old = delta_bar = epsilon_next = 0.0
+    c, s, phi_bar = -1.0, 0.0, beta
+    w_old = w = tr.zeros_like(rhs)
+    # With a preconditioner φ̄ is in another norm: the target follows what is measured.
+    goal = target * beta_first / norm
+    a_norm_squared = 0.0
+    residuals: list[float] = []
+
+    for iteration in range(1, maxiter + 1):
+        v = tr.divide(y, beta)
+        y = operator.matvec(v)
+        if iteration > 1:
+            y = tr.add(y, r_old, -beta / beta_old)
+        (alpha,) = tr.to_floats(tr.dot(v, y))
+        y = tr.add(y, r, -alpha / beta)
+        r_old, r = r, y
+        r_norm = tr.norm(r)
+        if not (math.isfinite(alpha) and math.isfinite(r_norm)):
+            return Cycle(x, iteration - 1, Status.NON_FINITE, residuals)
+        y, beta_squared = apply_preconditioner(precondition, r, r_norm)
+        beta_old, beta = beta, math.sqrt(max(beta_squared, 0.0))
+        a_norm_squared = max(a_norm_squared, alpha**2 + beta_old**2 * (iteration > 1) + beta**2)
+
+        epsilon_old = epsilon_next
+        delta = c * delta_bar + s * alpha
+        gamma_bar = s * delta_bar - c * alpha
+        epsilon_next, delta_bar = s * beta, -c * beta
+        # ‖A r‖ = φ̄ · root: where it vanishes beside ‖A‖ ‖r‖, no x has a smaller residual.
+        root = math.hypot(gamma_bar, delta_bar)
+        gamma = math.hypot(gamma_bar, beta)
+        if root <= 10 * epsilon * math.sqrt(a_norm_squared):
+            return Cycle(x, iteration, Status.BREAKDOWN, residuals)
+        c, s = gamma_bar / gamma, beta / gamma
+        phi, phi_bar = c * phi_bar, s * phi_bar
+
+        w_older, w_old = w_old, w
+        w = tr.add(tr.add(v, w_older, -epsilon_old), w_old, -delta)
+        w = tr.divide(w, gamma)
+        x = tr.add(x, w, phi)
+        residuals.append(phi_bar)
+        exhausted = beta <= epsilon * math.sqrt(a_norm_squared)
+        if phi_bar <= goal or exhausted:
+            if precondition is None or exhausted:
+                return Cycle(x, iteration, None, residuals)
+            measured = residual_norm(operator, x, rhs)
+            if measured <= target or phi_bar <= epsilon * beta_first:
+                return Cycle(x, iteration, None, residuals)
+            goal = 0.5 * phi_bar * target / measured
+    return Cycle(x, maxiter, None, residuals)

@@ -1,0 +1,174 @@
+"""Objectives over mini-batches: their mean, one batch in memory at a time, or a fresh one each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_dependence, check_number, check_objective
+from hypergrad.evaluation import Objective, evaluate, filled, gradient, leaving_no_trace
+from hypergrad.isolation import RandomState
+from hypergrad.tree import Tree
+
+BatchObjective: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
+"""``f(params, hparams, batch)``: returns a scalar tensor, as a rule the mean over the batch."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """``f(θ, φ) = Σ_i w_i f_i(θ, φ) / Σ_i w_i`` over mini-batches; an objective like any other.
+
+    Values, gradients and Hessian products pass over the batches one at a time, so that the memory
+    is that of one batch, and are summed in float32 or better. A pass replays the random state of
+    the first, so that a shuffling ``DataLoader``, random augmentation and dropout give the same
+    numbers in every product of a call: the operator is one fixed matrix.
+
+    Args:
+        objective: ``f(params, hparams, batch)``, a scalar.
+        batches: anything that can be iterated again and again: a list, a ``DataLoader``.
+        weight: ``weight(batch)``, such as the number of samples in it; ``None`` counts all alike.
+        keep_graphs: keep the gradient graph of every batch. A product then costs about half, and
+            the memory is that of all batches.
+
+    Raises:
+        TypeError: ``objective`` cannot be called, or ``batches`` can be iterated only once.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
+        >>> f = hg.Averaged(lambda w, c, x: (w - x).square().mean(), batches, weight=len)
+        >>> f(torch.tensor(0.0), torch.tensor(0.0))  # (1 + 4 + 36) / 3
+        tensor(13.6667)
+    """
+
+    objective: BatchObjective
+    batches: Iterable[Any]
+    weight: Callable[[Any], float] | None = None
+    keep_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective, "objective", "(params, hparams, batch)")
+        _check_batches(self.batches)
+
+    def __call__(self, params: Tree, hparams: Tree) -> Tensor:
+        """The mean, as one graph of all batches."""
+        weights, values = [], []
+        for weight, part in self.parts():
+            weights.append(weight)
+            values.append(weight * part(params, hparams).reshape(()))
+        return torch.stack(values).sum() / sum(weights)
+
+    def parts(self) -> Iterator[tuple[float, Objective]]:
+        """Weight and objective of each batch.
+
+        Raises:
+            ValueError: there is no batch, or a weight is not a finite number above 0.
+        """
+        empty = True
+        for batch in self.batches:
+            empty = False
+            weight = 1.0 if self.weight is None else float(self.weight(batch))
+            check_number(weight, "weight of a batch", above=0.0)
+            yield weight, _bind(self.objective, batch)
+        if empty:
+            raise ValueError("batches must hold at least one batch, got none")
+
+
+class Sampled:
+    """An objective that takes the next mini-batch each time it is evaluated, round and round.
+
+    Each Hessian product then uses a fresh batch, an unbiased estimate of the product with the mean:
+    what :class:`StochasticNeumann` and :class:`SGDSolve` are made for. Other solvers take their
+    operator for one fixed matrix and should get :class:`Averaged`.
+
+    Args:
+        objective: ``f(params, hparams, batch)``, a scalar.
+        batches: anything that can be iterated again and again; a ``DataLoader`` that shuffles, for
+            independent batches.
+
+    Raises:
+        TypeError: ``objective`` cannot be called, or ``batches`` can be iterated only once.
+    """
+
+    def __init__(self, objective: BatchObjective, batches: Iterable[Any]) -> None:
+        check_objective(objective, "objective", "(params, hparams, batch)")
+        _check_batches(batches)
+        self._objective = objective
+        self._stream = _round_and_round(batches)
+
+    def __call__(self, params: Tree, hparams: Tree) -> Tensor:
+        """The objective on the next batch."""
+        return self.part()(params, hparams)
+
+    def part(self) -> Objective:
+        """The objective on the next batch, to be evaluated any number of times.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        return _bind(self._objective, next(self._stream))
+
+
+def value_and_gradients(
+    objective: Objective, params: Tree, hparams: Tree, name: str
+) -> tuple[float, Tree, Tree]:
+    """``g``, ``∂_θ g`` and ``∂_φ g`` at leaves that require gradients; batch by batch if averaged.
+
+    Raises:
+        TypeError, ValueError: ``g`` is not a finite scalar that depends on ``params``.
+    """
+    if not isinstance(objective, Averaged):
+        return _one_batch(objective, params, hparams, RandomState(params, hparams), name)
+    state = RandomState(params, hparams)
+    total = 0.0
+    value = 0.0
+    sums: Tree = None
+    with state.replayed():
+        for weight, part in objective.parts():
+            here = RandomState(params, hparams)
+            part_value, *grads = _one_batch(part, params, hparams, here, name)
+            here.advance()
+            total += weight
+            value += weight * part_value
+            scaled = tr.scale(tr.at_least_float32(tuple(grads)), weight)
+            sums = scaled if sums is None else tr.add(sums, scaled)
+    theta, phi = tr.cast_like(tr.divide(sums, total), (params, hparams))
+    return value / total, theta, phi
+
+
+def _one_batch(
+    objective: Objective, params: Tree, hparams: Tree, state: RandomState, name: str
+) -> tuple[float, Tree, Tree]:
+    value = evaluate(objective, params, hparams, state, name)
+    with leaving_no_trace(twice=False):
+        grads = gradient(value, (params, hparams))
+    count = len(tr.leaves(params))
+    check_dependence(grads[:count], name)
+    return value.item(), filled(grads[:count], params), filled(grads[count:], hparams)
+
+
+def _bind(objective: BatchObjective, batch: Any) -> Objective:
+    return lambda params, hparams: objective(params, hparams, batch)
+
+
+def _round_and_round(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("batches must hold at least one batch, got none")
+
+
+def _check_batches(batches: Any) -> None:
+    if hasattr(batches, "__next__") or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            "batches must be iterable again and again, such as a list or a DataLoader, got "
+            f"{type(batches).__name__}"
+        )

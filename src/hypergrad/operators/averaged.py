@@ -1,0 +1,114 @@
+"""Hessians over mini-batches: of the mean, one batch at a time, and of a fresh batch each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from hypergrad import tree as tr
+from hypergrad.isolation import RandomState
+from hypergrad.minibatch import Averaged, Sampled
+from hypergrad.operators.hessian import Hessian
+from hypergrad.tree import Tree
+
+
+class AveragedHessian(Hessian):
+    """``H = Σ_i w_i H_i / Σ_i w_i`` over the mini-batches of an :class:`hypergrad.Averaged`.
+
+    Args:
+        inner: the mean.
+        params: θ.
+        hparams: φ.
+        part: the class of the Hessian of one batch.
+    """
+
+    def __init__(self, inner: Averaged, params: Tree, hparams: Tree, part: type[Hessian]) -> None:
+        self._mean = inner
+        self._part = part
+        self._kept: list[tuple[float, Hessian]] = []
+        super().__init__(inner, params, hparams)
+
+    def linearise(self) -> tuple[float, Tree]:
+        value = total = 0.0
+        gradient: Tree = None
+        kept = []
+        for weight, part in self._parts():
+            total += weight
+            value += weight * part.value
+            gradient = _accumulate(gradient, part.gradient, weight)
+            if self._mean.keep_graphs:
+                kept.append((weight, part))
+        self._kept = kept
+        self._total = total
+        return value / total, tr.cast_like(tr.divide(gradient, total), self._params)
+
+    @property
+    def default_chunk_size(self) -> int:
+        # One pass over the data is what a block saves, whatever the size of the model.
+        return 16
+
+    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+        return self._mean_of(lambda part: part.differentiate_gradient(vector, outer=outer))
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return tr.cast_like(self._mean_of(lambda part: part.matmat(block)), block)
+
+    def _mean_of(self, product: Callable[[Hessian], Tree]) -> Tree:
+        products: Tree = None
+        for weight, part in self._parts():
+            products = _accumulate(products, product(part), weight)
+        return tr.divide(products, self._total)
+
+    def _parts(self) -> Iterator[tuple[float, Hessian]]:
+        if self._kept:
+            yield from self._kept
+            return
+        with self._random_state.replayed():
+            for weight, objective in self._mean.parts():
+                here = RandomState(self._params, self._hparams)
+                yield weight, self._part(objective, self._params, self._hparams, here)
+                here.advance()
+
+
+class SampledHessian(Hessian):
+    """The Hessian of the next mini-batch of an :class:`hypergrad.Sampled`, at each product anew.
+
+    ``value`` and ``gradient`` are those of one batch.
+
+    Args:
+        inner: the stream of mini-batches.
+        params: θ.
+        hparams: φ.
+        part: the class of the Hessian of one batch.
+    """
+
+    def __init__(self, inner: Sampled, params: Tree, hparams: Tree, part: type[Hessian]) -> None:
+        self._sampled = inner
+        self._part = part
+        super().__init__(inner, params, hparams)
+
+    def linearise(self) -> tuple[float, Tree]:
+        part = self._next()
+        return part.value, part.gradient
+
+    @property
+    def default_chunk_size(self) -> int:
+        return 16
+
+    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+        return self._next().differentiate_gradient(vector, outer=outer)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return self._next().matmat(block)
+
+    def _next(self) -> Hessian:
+        objective = self._sampled.part()
+        with self._random_state.replayed():
+            here = RandomState(self._params, self._hparams)
+            here.advance()
+            self._random_state = RandomState(self._params, self._hparams)
+        return self._part(objective, self._params, self._hparams, here)
+
+
+def _accumulate(total: Tree, addend: Tree, weight: float) -> Tree:
+    wide = tr.scale(tr.at_least_float32(addend), weight)
+    return wide if total is None else tr.add(total, wide)
