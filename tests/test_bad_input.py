@@ -197,7 +197,11 @@ def test_bad_arguments_are_refused_by_name_and_change_nothing(name: str) -> None
         (lambda: hg.CG(atol=-1), ValueError, "atol must be a finite number >= 0, got -1"),
         (lambda: hg.CG(maxiter=0), ValueError, "maxiter must be at least 1, got 0"),
         (lambda: hg.CG(maxiter=2.5), TypeError, "maxiter must be an integer >= 1 or None"),
-        (lambda: hg.CG(preconditioner=3), TypeError, "preconditioner must be a function"),
+        (
+            lambda: hg.CG(preconditioner=3),
+            TypeError,
+            "preconditioner must be a Preconditioner",
+        ),
         (lambda: hg.Neumann(terms=0), ValueError, "terms must be at least 1, got 0"),
         (lambda: hg.Neumann(step=0.0), ValueError, "step must be a finite number > 0, got 0.0"),
         (lambda: hg.Neumann(rtol=-1.0), ValueError, "rtol must be a finite number >= 0"),

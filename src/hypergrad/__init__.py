@@ -3,6 +3,8 @@
 from importlib.metadata import version
 
 from hypergrad import linsolve, operators
+from hypergrad.argmin import argmin, fixed_point, root
+from hypergrad.certificate import ErrorBound
 from hypergrad.errors import (
     DoubleBackwardError,
     DoubleBackwardWarning,
@@ -10,6 +12,7 @@ from hypergrad.errors import (
     LinearSolveWarning,
 )
 from hypergrad.implicit import Hypergradient, accumulate_grad, hypergradient
+from hypergrad.implicit_function import WarmStart
 from hypergrad.linsolve import (
     CG,
     GMRES,
@@ -48,6 +51,7 @@ __all__ = [
     "Dense",
     "DoubleBackwardError",
     "DoubleBackwardWarning",
+    "ErrorBound",
     "FixedPoint",
     "HypergradWarning",
     "Hypergradient",
@@ -68,8 +72,12 @@ __all__ = [
     "Solution",
     "Status",
     "StochasticNeumann",
+    "WarmStart",
     "accumulate_grad",
+    "argmin",
+    "fixed_point",
     "hypergradient",
     "linsolve",
     "operators",
+    "root",
 ]

@@ -6,33 +6,35 @@ dg/dφ = ∂_φ g − (∂_φ F)ᵀ v,   where   H v = ∂_θ g,   F = ∇_θ f(
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.certificate import ErrorBound, Source, error_bound
 from hypergrad.checks import (
     check_choice,
-    check_dependence,
     check_like,
     check_number,
     check_objective,
+    check_structure,
     check_tree,
 )
 from hypergrad.errors import LinearSolveWarning
-from hypergrad.evaluation import (
-    Objective,
-    evaluate,
-    filled,
-    fresh_leaves,
-    gradient,
-    leaving_no_trace,
+from hypergrad.evaluation import Objective, fresh_leaves
+from hypergrad.linsolve import (
+    CG,
+    LinearSolveError,
+    LinearSolver,
+    Solution,
+    extreme_eigenvalues,
+    solve_raising_damping,
 )
-from hypergrad.isolation import RandomState
-from hypergrad.linsolve import CG, LinearSolveError, LinearSolver, Solution
-from hypergrad.operators import Damped, Mode, hessian
+from hypergrad.linsolve.base import residual_norm
+from hypergrad.minibatch import value_and_gradients
+from hypergrad.operators import Damped, Hessian, LinearOperator, Mode, hessian
 from hypergrad.tree import Tree
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
@@ -49,6 +51,8 @@ class Hypergradient:
             of the hypergradient that no linear solver sees.
         inner_value: ``f(θ, φ)``.
         outer_value: ``g(θ, φ)``.
+        damping: λ, as given or as chosen by ``damping="auto"``.
+        error_bound: a bound on the error of ``grads``, if ``mu`` was given.
     """
 
     grads: Tree
@@ -56,6 +60,8 @@ class Hypergradient:
     inner_grad_norm: float
     inner_value: float
     outer_value: float
+    damping: float = 0.0
+    error_bound: ErrorBound | None = None
 
 
 def hypergradient(
@@ -65,7 +71,9 @@ def hypergradient(
     hparams: Tree,
     *,
     solver: LinearSolver = CG(),
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = 0.0,
+    curvature: Callable[[Tree, Tree], LinearOperator] | None = None,
+    mu: float | Literal["auto"] | None = None,
     x0: Tree | None = None,
     on_failure: OnFailure = "warn",
     mode: Mode = "auto",
@@ -79,15 +87,25 @@ def hypergradient(
     ``requires_grad``, no module buffer, no random state (but for a solver that draws from PyTorch's
     default generator because it was given none). Graphs that ``params`` or ``hparams`` carry are
     ignored. Both objectives start from the current random state, so dropout masks are fixed for the
-    whole call.
+    whole call. With half-precision parameters the solver's vectors and inner products are float32;
+    the products are computed in the precision of the model.
 
     Args:
         inner: ``f(params, hparams)``, a scalar; the same trees as given here, as new leaf tensors.
-        outer: ``g(params, hparams)``, a scalar.
+            Over mini-batches: :class:`Averaged` or :class:`Sampled`.
+        outer: ``g(params, hparams)``, a scalar; likewise.
         params: θ, a tree of floating-point tensors, such as ``dict(model.named_parameters())``.
         hparams: φ, likewise.
         solver: how to solve for v.
-        damping: added to the diagonal of H; ≥ 0.
+        damping: λ ≥ 0, added to the diagonal of H. ``"auto"``: 0, or where the solver meets
+            negative or no curvature, as much as it takes; the receipt says how much.
+        curvature: ``curvature(params, hparams)`` returns the symmetric operator to solve with in
+            place of H, such as :class:`hypergrad.operators.GaussNewton`. The mixed product stays
+            exact.
+        mu: μ, a number > 0 that no eigenvalue of H lies below, for an :class:`ErrorBound` of the
+            answer; costs some ten to a hundred products more. ``"auto"`` takes what the operator
+            knows (such as the damping of a positive semi-definite one) or else a Lanczos estimate,
+            and says which. ``None``: no bound.
         x0: where the solver starts, such as ``solve.x`` of the last outer step.
         on_failure: what a failed solve does: ``"warn"``, ``"raise"`` or ``"ignore"``. The answer
             from its best iterate is returned in the first and the last case.
@@ -121,24 +139,37 @@ def hypergradient(
     check_objective(outer, "outer")
     check_tree(params, "params")
     check_tree(hparams, "hparams")
-    if not isinstance(solver, LinearSolver):
-        raise TypeError(
-            f"solver must be a LinearSolver such as hg.CG(), got {type(solver).__name__}"
-        )
-    check_number(damping, "damping", at_least=0.0)
+    check_solver(solver)
+    if damping != "auto":
+        check_number(damping, "damping", at_least=0.0)
+    if curvature is not None:
+        check_objective(curvature, "curvature")
+    if mu is not None and mu != "auto":
+        check_number(mu, "mu", above=0.0)
     if x0 is not None:
         check_like(x0, params, "x0", "params")
     check_choice(on_failure, "on_failure", ("warn", "raise", "ignore"))
 
     with torch.inference_mode(False), torch.no_grad():
-        outer_value, rhs, direct = _outer_gradients(outer, params, hparams)
-        curvature = hessian(inner, params, hparams, mode=mode)
-        operator = Damped(curvature, damping) if damping > 0.0 else curvature
-        solution = solver.solve(operator, rhs, x0=x0)
-        grads = tr.subtract(direct, curvature.vjp_outer(solution.x))
-        inner_grad_norm = tr.norm(curvature.gradient)
+        theta, phi = fresh_leaves(params), fresh_leaves(hparams)
+        outer_value, rhs, direct = value_and_gradients(outer, theta, phi, "outer")
+        exact = hessian(inner, params, hparams, mode=mode)
+        operator = exact if curvature is None else _operator(curvature, params, hparams)
+        if damping == "auto":
+            solution, damping = solve_raising_damping(solver, operator, rhs, x0=x0)
+            operator = _damped(operator, damping)
+        else:
+            operator = _damped(operator, damping)
+            solution = solver.solve(operator, rhs, x0=x0)
+        grads = tr.subtract(direct, exact.vjp_outer(solution.x))
+    result = Hypergradient(
+        grads, solution, tr.norm(exact.gradient), exact.value, outer_value, damping
+    )
     report_failure(solver, solution, on_failure)
-    return Hypergradient(grads, solution, inner_grad_norm, curvature.value, outer_value)
+    if mu is not None:
+        bound = _certify(inner, outer, params, hparams, result, exact, operator, rhs, mu, mode)
+        result = replace(result, error_bound=bound)
+    return result
 
 
 def accumulate_grad(hparams: Tree, grads: Tree) -> None:
@@ -176,15 +207,66 @@ def accumulate_grad(hparams: Tree, grads: Tree) -> None:
         leaf.grad = addend.clone() if leaf.grad is None else leaf.grad + addend
 
 
-def _outer_gradients(outer: Objective, params: Tree, hparams: Tree) -> tuple[float, Tree, Tree]:
-    """``g``, ``∂_θ g`` and ``∂_φ g`` at fresh leaves."""
-    theta, phi = fresh_leaves(params), fresh_leaves(hparams)
-    value = evaluate(outer, theta, phi, RandomState(params, hparams), "outer")
-    with leaving_no_trace(twice=False):
-        grads: list[Tensor | None] = gradient(value, (theta, phi))
-    count = len(tr.leaves(theta))
-    check_dependence(grads[:count], "outer")
-    return value.item(), filled(grads[:count], theta), filled(grads[count:], phi)
+def _operator(
+    curvature: Callable[[Tree, Tree], LinearOperator], params: Tree, hparams: Tree
+) -> LinearOperator:
+    operator = curvature(tr.detach(params), tr.detach(hparams))
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(
+            f"curvature must return a hypergrad.operators.LinearOperator, got {operator!r}"
+        )
+    check_structure(operator.like, params, "the vectors of curvature's operator", "params")
+    return operator
+
+
+def _damped(operator: LinearOperator, damping: float) -> LinearOperator:
+    return Damped(operator, damping) if damping > 0.0 else operator
+
+
+def _certify(
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    result: Hypergradient,
+    exact: Hessian,
+    operator: LinearOperator,
+    rhs: Tree,
+    mu: float | Literal["auto"],
+    mode: Mode,
+) -> ErrorBound:
+    """The bound: on the exact system where μ is of the Hessian, else on the one that was solved."""
+    system: LinearOperator = exact
+    source: Source = "given"
+    if mu == "auto":
+        system = operator
+        mu, source = system.lower_bound, "operator"
+        if not mu > 0.0:
+            ends = extreme_eigenvalues(system)
+            mu, source = ends.smallest - ends.smallest_error, "estimated"
+    v = result.solve.x
+    return error_bound(
+        inner,
+        outer,
+        params,
+        hparams,
+        v=v,
+        grads=result.grads,
+        residual_norm=residual_norm(system, v, tr.at_least_float32(rhs)),
+        rhs_norm=tr.norm(rhs),
+        inner_grad_norm=result.inner_grad_norm,
+        mu=mu,
+        source=source,
+        mode=mode,
+    )
+
+
+def check_solver(solver: object) -> None:
+    """Raise ``TypeError`` unless ``solver`` is a :class:`LinearSolver`."""
+    if not isinstance(solver, LinearSolver):
+        raise TypeError(
+            f"solver must be a LinearSolver such as hg.CG(), got {type(solver).__name__}"
+        )
 
 
 def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailure) -> None:

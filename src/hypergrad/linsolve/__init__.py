@@ -1,5 +1,6 @@
 """Linear solvers for maps on trees. Nothing here knows what a loss is."""
 
+from hypergrad.linsolve.auto_damping import solve_raising_damping
 from hypergrad.linsolve.base import LinearSolver
 from hypergrad.linsolve.block_cg import BlockCG, BlockSolution
 from hypergrad.linsolve.cg import CG
@@ -42,4 +43,5 @@ __all__ = [
     "Status",
     "StochasticNeumann",
     "extreme_eigenvalues",
+    "solve_raising_damping",
 ]

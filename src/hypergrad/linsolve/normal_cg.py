@@ -37,7 +37,7 @@ class NormalCG(LinearSolver):
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.tensor([[0.0, 2.0], [-1.0, 0.0]]))
         >>> hg.NormalCG().solve(A, torch.tensor([2.0, 3.0])).x
-        tensor([-3.,  1.])
+        tensor([-3.0000,  1.0000])
     """
 
     needs_symmetric: ClassVar[bool] = False

@@ -10,6 +10,7 @@ from hypergrad.operators.hessian import Hessian
 from hypergrad.operators.jacobian import Jacobian, Root
 from hypergrad.operators.matrix import Matrix
 from hypergrad.operators.reverse import ReverseHessian
+from hypergrad.operators.transposed import Transposed
 
 __all__ = [
     "Damped",
@@ -25,5 +26,6 @@ __all__ = [
     "ReverseHessian",
     "Root",
     "SymmetricOperator",
+    "Transposed",
     "hessian",
 ]

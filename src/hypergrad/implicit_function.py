@@ -1,0 +1,336 @@
+"""The implicit function theorem as nodes of PyTorch's autograd graph.
+
+θ(φ) with ``F(θ, φ) = 0`` has ``dθ/dφ = −A⁻¹ B``, ``A = ∂_θ F``, ``B = ∂_φ F``. A cotangent u pulls
+back to ``−Bᵀ v`` with ``Aᵀ v = u``. That v is the solution of an equation itself, so that its own
+derivatives come from the same theorem, to any order: from ``Aᵀ dv = du − dAᵀ v``, a cotangent v̄
+pulls back to
+
+    w  in u   and   −∂⟨Aᵀ v, w⟩  in (θ, φ),   with   A w = v̄
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.evaluation import filled, leaving_no_trace
+from hypergrad.implicit import OnFailure, report_failure
+from hypergrad.linsolve import LinearSolver, Solution
+from hypergrad.operators import Damped, Hessian, LinearOperator, Mode, Root, Transposed, hessian
+from hypergrad.operators.kept_graph import check_differentiable
+
+Tensors = Sequence[Tensor]
+Condition = Callable[[Tensors, Tensors], Any]
+"""A function of the leaves of θ and of the tensors of φ: an objective, or the value of F."""
+
+
+@dataclass
+class WarmStart:
+    """Where the next linear solve of a differentiable solution starts: held by the caller.
+
+    Attributes:
+        x: the solution of the last one, a list of the leaves of params; ``None`` before the first.
+        solution: its receipt.
+    """
+
+    x: list[Tensor] | None = None
+    solution: Solution | None = None
+
+
+@dataclass(frozen=True)
+class Conditions(ABC):
+    """What θ fulfils, and how to solve its linearisation.
+
+    Attributes:
+        function: f or F, of the leaves of θ and of all tensors among the arguments.
+        solver: for the adjoint system.
+        damping: λ, added to A.
+        on_failure: what a failed solve does.
+        warm_start: where to start, and where to leave the solution.
+    """
+
+    function: Condition
+    solver: LinearSolver
+    damping: float
+    on_failure: OnFailure
+    warm_start: WarmStart | None
+
+    @abstractmethod
+    def operator(self, params: Tensors, tensors: Tensors, needed: Sequence[bool]) -> Hessian | Root:
+        """``Aᵀ`` at θ and φ, its outer side for the tensors that are ``needed``."""
+
+    @abstractmethod
+    def optimality(self, params: Tensors, tensors: Tensors) -> Tensors:
+        """``F(θ, φ)`` with a graph."""
+
+    @abstractmethod
+    def batched(self, dims: Sequence[int | None]) -> Conditions:
+        """The same for many problems at once: θ with a leading dimension, φ where ``dims`` say."""
+
+    def solve(self, operator: LinearOperator, rhs: Tensors, *, warm: bool) -> Tensors:
+        """``(A + λI)⁻¹ rhs`` for the operator A, or its transpose."""
+        held = self.warm_start if warm else None
+        x0 = None if held is None else _usable(held.x, rhs)
+        system = Damped(operator, self.damping) if self.damping > 0.0 else operator
+        solution = self.solver.solve(system, list(rhs), x0=x0)
+        report_failure(self.solver, solution, self.on_failure)
+        if held is not None:
+            held.x, held.solution = solution.x, solution
+        return tr.cast_like(solution.x, list(rhs))
+
+    def part(self, tensors: Tensors, needed: Sequence[bool]) -> tuple[list[Tensor], Condition]:
+        """The needed tensors, and the function of θ and of these alone."""
+        chosen = [t.detach() for t, need in zip(tensors, needed, strict=True) if need]
+        rest = [t.detach() for t in tensors]
+
+        def function(params: Tensors, some: Tensors) -> Any:
+            given = iter(some)
+            merged = [next(given) if need else t for t, need in zip(rest, needed, strict=True)]
+            return self.function(params, merged)
+
+        return chosen, function
+
+
+@dataclass(frozen=True)
+class Minimum(Conditions):
+    """``F = ∇_θ f``.
+
+    Attributes:
+        mode: how products with the Hessian are computed.
+    """
+
+    mode: Mode = "auto"
+
+    def operator(self, params: Tensors, tensors: Tensors, needed: Sequence[bool]) -> Hessian:
+        """The Hessian of f."""
+        chosen, inner = self.part(tensors, needed)
+        return hessian(inner, list(params), chosen or [torch.zeros(1)], mode=self.mode)
+
+    def optimality(self, params: Tensors, tensors: Tensors) -> Tensors:
+        """The gradient of f."""
+        return gradient(lambda some: self.function(some, tensors), params)
+
+    def batched(self, dims: Sequence[int | None]) -> Conditions:
+        """The sum of f over the problems: its Hessian is block-diagonal."""
+        each = torch.func.vmap(self.function, in_dims=(0, list(dims)))
+        return replace(self, function=lambda params, tensors: each(params, tensors).sum())
+
+
+@dataclass(frozen=True)
+class Zero(Conditions):
+    """F itself.
+
+    Attributes:
+        symmetric: whether ``∂_θ F`` is known to be symmetric.
+    """
+
+    symmetric: bool = False
+
+    def operator(self, params: Tensors, tensors: Tensors, needed: Sequence[bool]) -> Root:
+        """The transposed Jacobian of F."""
+        chosen, function = self.part(tensors, needed)
+        chosen = chosen or [torch.zeros(1)]
+        return Root(function, list(params), chosen, symmetric=self.symmetric)
+
+    def optimality(self, params: Tensors, tensors: Tensors) -> Tensors:
+        """The value of F."""
+        return self.function(params, tensors)
+
+    def batched(self, dims: Sequence[int | None]) -> Conditions:
+        """F of every problem."""
+        return replace(self, function=torch.func.vmap(self.function, in_dims=(0, list(dims))))
+
+
+def needs_graph(tensors: Tensors) -> bool:
+    """Whether a derivative in one of ``tensors`` may be asked for.
+
+    Inside ``torch.func`` transforms a tensor does not tell: a batch hides what requires gradients.
+    """
+    if _inside_a_transform():
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def implicit_solution(conditions: Conditions, params: Tensors, tensors: Tensors) -> Tensors:
+    """``params`` as a differentiable function of ``tensors``."""
+    return _Solution.apply(conditions, len(params), *params, *tensors)
+
+
+class _Solution(torch.autograd.Function):
+    """Forward: θ as it was found. Backward: the theorem."""
+
+    @staticmethod
+    def forward(conditions: Conditions, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.conditions, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors[ctx.count :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        count = ctx.count
+        params, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        needed = ctx.needs_input_grad[2 + count :]
+        if _differentiated_again():
+            v = _Adjoint.apply(ctx.conditions, count, False, *params, *tensors, *cotangents)
+            grads = gradient(
+                lambda some: _inner(ctx.conditions.optimality(params, some), v), tensors, needed
+            )
+        else:
+            operator = ctx.conditions.operator(params, tensors, needed)
+            v = ctx.conditions.solve(operator, cotangents, warm=True)
+            grads = operator.vjp_outer(v)
+        given = iter(grads)
+        negative = [-next(given) if need else None for need in needed]
+        return None, None, *[None] * count, *negative
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], conditions: Conditions, count: int, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims = in_dims[2:]
+        params, rest, kept = _leading(info.batch_size, dims, count, tensors)
+        solution = _Solution.apply(conditions.batched(kept), count, *params, *rest)
+        return solution, (0,) * count
+
+
+class _Adjoint(torch.autograd.Function):
+    """``v`` with ``Aᵀ v = u``, or with ``A v = u`` if ``transposed``."""
+
+    @staticmethod
+    def forward(
+        conditions: Conditions, count: int, transposed: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        params, rest, u = tensors[:count], tensors[count:-count], tensors[-count:]
+        operator: LinearOperator = conditions.operator(params, rest, [False] * len(rest))
+        if transposed:
+            operator = Transposed(operator)
+        return tuple(conditions.solve(operator, u, warm=not transposed))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.conditions, ctx.count, ctx.transposed, *tensors = inputs
+        ctx.save_for_backward(*tensors[: -ctx.count], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        count, conditions = ctx.count, ctx.conditions
+        saved = ctx.saved_tensors
+        params, tensors, v = saved[:count], saved[count:-count], saved[-count:]
+        w = _Adjoint.apply(conditions, count, not ctx.transposed, *params, *tensors, *cotangents)
+        needed = ctx.needs_input_grad[3:-count]
+        grads: list[Tensor | None] = [None] * len(needed)
+        if any(needed):
+            # ⟨Aᵀ v, w⟩, or ⟨A v, w⟩ = ⟨Aᵀ w, v⟩.
+            left, right = (w, v) if ctx.transposed else (v, w)
+
+            def slope(both: Tensors) -> Tensor:
+                some, rest = both[:count], both[count:]
+                pulled = gradient(lambda p: _inner(conditions.optimality(p, rest), left), some)
+                return _inner(pulled, right)
+
+            given = iter(gradient(slope, [*params, *tensors], needed))
+            grads = [-next(given) if need else None for need in needed]
+        return None, None, None, *grads, *w
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        conditions: Conditions,
+        count: int,
+        transposed: bool,
+        *tensors: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims = in_dims[3:]
+        if all(dim is None for dim in dims[:-count]):
+            # One problem, many cotangents, as in a Jacobian: each is a solve of its own.
+            columns = [
+                t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+                for t, dim in zip(tensors[-count:], dims[-count:], strict=True)
+            ]
+            solved = [
+                _Adjoint.apply(conditions, count, transposed, *tensors[:-count], *u)
+                for u in zip(*columns, strict=True)
+            ]
+            return tuple(torch.stack(leaf) for leaf in zip(*solved, strict=True)), (0,) * count
+        params, rest, kept = _leading(info.batch_size, dims[:-count], count, tensors[:-count])
+        u, _, _ = _leading(info.batch_size, dims[-count:], count, tensors[-count:])
+        solution = _Adjoint.apply(conditions.batched(kept), count, transposed, *params, *rest, *u)
+        return solution, (0,) * count
+
+
+def gradient(
+    function: Callable[[Tensors], Tensor], tensors: Tensors, needed: Sequence[bool] | None = None
+) -> list[Tensor]:
+    """The partial derivatives of a scalar function in the tensors that are needed, with a graph.
+
+    What else in the function hangs on the same tensors is held fixed.
+
+    Raises:
+        DoubleBackwardError: an operation cuts the graph.
+    """
+    needed = [True] * len(tensors) if needed is None else needed
+    places = [i for i, need in enumerate(needed) if need]
+
+    def of_needed(some: Tensors) -> Tensor:
+        merged = list(tensors)
+        for i, tensor in zip(places, some, strict=True):
+            merged[i] = tensor
+        return function(merged)
+
+    at = [tensors[i] for i in places]
+    with leaving_no_trace(twice=True):
+        if _inside_a_transform():
+            return list(torch.func.grad(of_needed)(at))
+        # A view is a tensor of its own: other ways to the tensor do not pass through it.
+        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in at]
+        value = of_needed(views)
+        if not value.requires_grad:
+            return [torch.zeros_like(t) for t in views]
+        grads = torch.autograd.grad(value, views, create_graph=True, allow_unused=True)
+        check_differentiable([grad for grad in grads if grad is not None], [value])
+        return list(filled(grads, views))
+
+
+def _differentiated_again() -> bool:
+    """Whether the gradients that are computed now must carry a graph, or are batched."""
+    return torch.is_grad_enabled() or _inside_a_transform()
+
+
+def _inside_a_transform() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _inner(left: Tensors, right: Tensors) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _leading(
+    size: int, dims: Sequence[int | None], count: int, tensors: Tensors
+) -> tuple[list[Tensor], list[Tensor], list[int | None]]:
+    """θ with a leading batch dimension, φ with one where it has any, and where it has."""
+    params = [
+        t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+        for t, dim in zip(tensors[:count], dims[:count], strict=True)
+    ]
+    rest = [
+        t if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors[count:], dims[count:], strict=True)
+    ]
+    return params, rest, [None if dim is None else 0 for dim in dims[count:]]
+
+
+def _usable(x: list[Tensor] | None, rhs: Tensors) -> list[Tensor] | None:
+    """A warm start that fits; one of another problem is no start."""
+    if x is None or [t.shape for t in x] != [t.shape for t in rhs]:
+        return None
+    return [a.to(device=b.device) for a, b in zip(x, rhs, strict=True)]
