@@ -52,6 +52,69 @@ SOLVERS: dict[str, SolverCase] = {
         exact=lambda problem: hg.Nystrom(rank=problem.n, rho=1e-11, chunk_size=7),
         affordable=lambda n, condition: n <= 60,
     ),
+    "nystrom-gaussian": SolverCase(
+        cheap=lambda: hg.Nystrom(rank=1, test="gaussian", measure_residual=True),
+        exact=lambda problem: hg.Nystrom(rank=problem.n, rho=1e-11, test="gaussian"),
+        # At full rank Ω is square, and as ill-conditioned as square Gaussian matrices are.
+        affordable=lambda n, condition: n <= 60 and condition <= 200,
+    ),
+    "nystrom-gaussian-chunked": SolverCase(
+        cheap=lambda: hg.Nystrom(rank=1, test="gaussian", chunk_size=1, measure_residual=True),
+        exact=lambda problem: hg.Nystrom(rank=problem.n, rho=1e-11, test="gaussian", chunk_size=7),
+        affordable=lambda n, condition: n <= 20,
+    ),
+    "nystrom-auto": SolverCase(
+        cheap=lambda: hg.Nystrom(rank="auto", max_rank=1, measure_residual=True),
+        exact=lambda problem: hg.Nystrom(rank="auto", max_rank=problem.n, rho=1e-11),
+        affordable=lambda n, condition: n <= 60,
+    ),
+    "cg-nystrom": SolverCase(
+        cheap=lambda: hg.CG(preconditioner=hg.NystromPreconditioner(3)),
+        exact=lambda problem: hg.CG(rtol=1e-11, preconditioner=hg.NystromPreconditioner(10)),
+        solves_small_systems=True,
+    ),
+    "cg-nystrom-auto": SolverCase(
+        cheap=lambda: hg.CG(preconditioner=hg.NystromPreconditioner("auto")),
+        exact=lambda problem: hg.CG(rtol=1e-11, preconditioner=hg.NystromPreconditioner("auto")),
+        affordable=lambda n, condition: n <= 300,
+        solves_small_systems=True,
+    ),
+    "cg-jacobi": SolverCase(
+        cheap=lambda: hg.CG(preconditioner=hg.JacobiPreconditioner(3)),
+        exact=lambda problem: hg.CG(rtol=1e-11, preconditioner=hg.JacobiPreconditioner()),
+        solves_small_systems=True,
+    ),
+    "block-cg": SolverCase(
+        cheap=hg.BlockCG,
+        exact=lambda problem: hg.BlockCG(rtol=1e-11),
+        solves_small_systems=True,
+    ),
+    "minres": SolverCase(
+        cheap=hg.MINRES,
+        exact=lambda problem: hg.MINRES(rtol=1e-11),
+        solves_small_systems=True,
+    ),
+    "minres-nystrom": SolverCase(
+        cheap=lambda: hg.MINRES(preconditioner=hg.NystromPreconditioner(3)),
+        exact=lambda problem: hg.MINRES(rtol=1e-11, preconditioner=hg.NystromPreconditioner(10)),
+        affordable=lambda n, condition: n <= 300,
+        solves_small_systems=True,
+    ),
+    "gmres": SolverCase(
+        cheap=hg.GMRES,
+        exact=lambda problem: hg.GMRES(rtol=1e-11, restart=200),
+        affordable=lambda n, condition: n <= 300,
+        solves_small_systems=True,
+    ),
+    "normal-cg": SolverCase(
+        cheap=hg.NormalCG,
+        exact=lambda problem: hg.NormalCG(rtol=1e-11),
+        affordable=lambda n, condition: condition <= 200,
+        solves_small_systems=True,
+    ),
+    "fixed-point": SolverCase(cheap=hg.FixedPoint),
+    "stochastic-neumann": SolverCase(cheap=lambda: hg.StochasticNeumann(measure_residual=True)),
+    "sgd": SolverCase(cheap=lambda: hg.SGDSolve(measure_residual=True)),
     "dense": SolverCase(
         cheap=hg.Dense,
         exact=lambda problem: hg.Dense(),

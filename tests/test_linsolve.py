@@ -47,7 +47,7 @@ def test_a_tiny_right_hand_side_does_not_underflow(
     solution = SOLVERS[name].cheap().solve(Matrix(A), b)
     assert not solution.status.failed
     assert torch.isfinite(solution.x).all()
-    assert (solution.x > 0).all()
+    assert (solution.x != 0).all()
     if SOLVERS[name].solves_small_systems:
         torch.testing.assert_close(solution.x.double(), 2 * b.double(), rtol=1e-2, atol=0.0)
 

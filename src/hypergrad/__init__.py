@@ -5,6 +5,7 @@ from importlib.metadata import version
 from hypergrad import linsolve, operators
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.certificate import ErrorBound
+from hypergrad.diagnosis import Finding, Report, check
 from hypergrad.errors import (
     DoubleBackwardError,
     DoubleBackwardWarning,
@@ -52,6 +53,7 @@ __all__ = [
     "DoubleBackwardError",
     "DoubleBackwardWarning",
     "ErrorBound",
+    "Finding",
     "FixedPoint",
     "HypergradWarning",
     "Hypergradient",
@@ -66,6 +68,7 @@ __all__ = [
     "NystromPreconditioner",
     "NystromSketch",
     "Preconditioner",
+    "Report",
     "SGDSolve",
     "Sampled",
     "Sketch",
@@ -75,6 +78,7 @@ __all__ = [
     "WarmStart",
     "accumulate_grad",
     "argmin",
+    "check",
     "fixed_point",
     "hypergradient",
     "linsolve",

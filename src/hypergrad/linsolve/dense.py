@@ -57,11 +57,13 @@ class Dense(LinearSolver):
                 x = torch.linalg.pinv(matrix, rtol=epsilon, hermitian=True) @ b
         else:
             x = torch.linalg.pinv(matrix, rtol=epsilon) @ b
-        residual = float(torch.linalg.vector_norm(b - matrix @ x))
+        solution = bl.from_flat(x, rhs)
+        # Of the answer as it is returned, rounded to the dtype of b.
+        residual = float(torch.linalg.vector_norm(b - matrix @ bl.to_flat(solution)))
         # What the rounding of A alone, in the operator's dtype, can leave of b.
         rounding = epsilon * float(matrix.abs().max() * torch.linalg.vector_norm(x))
         status = Status.CONVERGED if residual <= max(1e-8, rounding) else Status.BREAKDOWN
-        return Outcome(bl.from_flat(x, rhs), status, n, residual)
+        return Outcome(solution, status, n, residual)
 
 
 def _cholesky_solve(matrix: Tensor, b: Tensor, epsilon: float) -> Tensor | None:

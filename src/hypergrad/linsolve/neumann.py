@@ -75,6 +75,7 @@ class Neumann(LinearSolver):
         term = rhs
         norm = first_norm = tr.norm(rhs)
         x, status = tr.zeros_like(rhs), Status.APPROXIMATE
+        best, best_norm = x, norm
         history = [norm]
         summed = 0
         while True:
@@ -95,10 +96,12 @@ class Neumann(LinearSolver):
             # others growth may pass, and only a sum of no use at all is called divergent.
             reference = norm if operator.symmetric else first_norm / tr.epsilon(rhs)
             if following_norm > (1.0 + _SLACK) * reference:
-                status = Status.DIVERGED
+                status, x = Status.DIVERGED, best
                 break
             x, summed = extended, summed + 1
             term, norm = following, following_norm
+            if norm <= best_norm:
+                best, best_norm = x, norm
             history.append(norm)
 
         if status is Status.CONVERGED or status.failed or self.measure_residual:

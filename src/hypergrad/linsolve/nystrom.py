@@ -38,7 +38,8 @@ class Nystrom(LinearSolver):
             magnitude, or ``max_rank`` is reached.
         rho: ρ > 0. What is not in the sketch is divided by it.
         test: ``"coordinates"``, as in 0.0.1, or ``"gaussian"``, nearer to A at the same rank where
-            the mass of A is not in few of its columns (Frangella, Tropp & Udell 2023).
+            the mass of A is not in few of its columns (Frangella, Tropp & Udell 2023). A rank near
+            n is for coordinates: a square Gaussian matrix is ill-conditioned.
         max_rank: the limit for ``rank="auto"``.
         chunk_size: at most this many vectors are multiplied at once and in memory at any time,
             whatever the rank. Costs 2 k products, and 3 or more for each right-hand side. ``None``:

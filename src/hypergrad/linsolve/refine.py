@@ -63,7 +63,9 @@ def refine(
     while norm > tolerance:
         if iterations >= maxiter:
             return _outcome(x, Status.MAX_ITERATIONS, iterations, norm, history, record)
-        run = cycle(r, tolerance, maxiter - iterations)
+        # A restart that aimed at the tolerance itself would stop just short of it once more.
+        target = tolerance if iterations == 0 else 0.5 * tolerance
+        run = cycle(r, target, maxiter - iterations)
         iterations += run.iterations
         history.extend(run.residuals)
         candidate = tr.add(x, run.correction)

@@ -1,0 +1,362 @@
+"""``check``: is this problem fit for hypergradients, and by which method?"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from hypergrad import tree as tr
+from hypergrad.evaluation import Objective, fresh_leaves
+from hypergrad.implicit import Hypergradient, hypergradient
+from hypergrad.linsolve import (
+    CG,
+    MINRES,
+    Dense,
+    Extremes,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+    Status,
+    extreme_eigenvalues,
+)
+from hypergrad.minibatch import value_and_gradients
+from hypergrad.operators import Damped, Hessian, Mode, hessian
+from hypergrad.resolve import directional_derivative
+from hypergrad.tree import Tree
+
+# A Newton step longer than this part of θ moves the hypergradient visibly.
+_STATIONARY = 1e-2
+_ILL_CONDITIONED = 1e5
+_AGREE = 1e-2
+_DENSE_SIZE = 1000
+_TIMINGS = 5
+_RANK = 25
+
+
+class Finding(Enum):
+    """What ``check`` found wrong. The value is a sentence that says what to do."""
+
+    NOT_STATIONARY = (
+        "params are not at a stationary point of the inner objective: train it longer, or expect "
+        "the hypergradient of a different point"
+    )
+    NEGATIVE_CURVATURE = (
+        "the inner objective curves downwards along some direction, so that params are no minimum: "
+        "use damping='auto', or curvature= a GaussNewton operator, or train longer"
+    )
+    SINGULAR = (
+        "the inner objective is flat along some direction, so that its minimiser is not unique: "
+        "regularise it, or use damping"
+    )
+    ILL_CONDITIONED = (
+        "the curvature differs by more than 1e5 between directions: expect many iterations; use a "
+        "NystromPreconditioner, or damping, or float64"
+    )
+    SOLVERS_DISAGREE = (
+        "solvers that claim convergence give different hypergradients: tighten rtol, or use float64"
+    )
+    FINITE_DIFFERENCES_DISAGREE = (
+        "the hypergradient is not the slope of the outer objective along re-solved inner problems: "
+        "params are not the minimiser, or an objective is not smooth or detaches something"
+    )
+    FINITE_DIFFERENCES_FAILED = (
+        "the inner problem could not be solved again next to hparams, so that the hypergradient "
+        "was not compared with finite differences"
+    )
+    ZERO_HYPERGRADIENT = (
+        "the hypergradient is zero: neither objective depends on hparams, or something detaches"
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One solver on the problem.
+
+    Attributes:
+        difference: of its hypergradient to the reference's, relative.
+        status: how its solve ended.
+        iterations: how many it took.
+        matvecs: how many products it took.
+    """
+
+    difference: float
+    status: Status
+    iterations: int
+    matvecs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check`` measured, and what it makes of it; prints as a table.
+
+    Attributes:
+        size: the number of inner parameters.
+        outer_size: the number of outer parameters.
+        inner_grad_norm: ``‖∇_θ f‖``.
+        newton_step: ``‖H⁻¹ ∇_θ f‖ / ‖θ‖``: how far from stationary, as a part of θ.
+        eigenvalues: the ends of the spectrum of H, by Lanczos.
+        damping: what the reference solve needed.
+        gradient_seconds: one value and gradient of the inner objective.
+        matvec_seconds: one product with H.
+        reference: the solver that the others are compared with.
+        trials: the solvers by name.
+        slope: the derivative along a random direction in φ by the reference hypergradient.
+        slope_by_differences: the same by central differences of ``g(θ*(φ), φ)``; NaN if the inner
+            problem could not be solved again.
+        findings: what is wrong; empty if nothing is.
+        recommendation: which method and settings to use, in words.
+    """
+
+    size: int
+    outer_size: int
+    inner_grad_norm: float
+    newton_step: float
+    eigenvalues: Extremes
+    damping: float
+    gradient_seconds: float
+    matvec_seconds: float
+    reference: str
+    trials: dict[str, Trial]
+    slope: float
+    slope_by_differences: float
+    findings: tuple[Finding, ...]
+    recommendation: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    @property
+    def condition(self) -> float:
+        """``max|λ| / |λ_min|``, as far as Lanczos saw."""
+        smallest = abs(self.eigenvalues.smallest)
+        return self.eigenvalues.magnitude / smallest if smallest > 0.0 else math.inf
+
+    def __str__(self) -> str:
+        ends = self.eigenvalues
+        rows = [
+            ("inner / outer parameters", f"{self.size} / {self.outer_size}"),
+            ("inner gradient norm", f"{self.inner_grad_norm:.2e}"),
+            ("Newton step, part of params", f"{self.newton_step:.2e}"),
+            ("eigenvalues of H", f"{ends.smallest:.3g} … {ends.largest:.3g}"),
+            ("condition number", f"{self.condition:.3g}"),
+            ("damping of the reference", f"{self.damping:.3g}"),
+            ("gradient", f"{1e3 * self.gradient_seconds:.3g} ms"),
+            (
+                "Hessian product",
+                f"{1e3 * self.matvec_seconds:.3g} ms, "
+                f"{self.matvec_seconds / self.gradient_seconds:.2f} gradients",
+            ),
+            ("slope by hypergradient", f"{self.slope:.6g}"),
+            ("slope by differences", f"{self.slope_by_differences:.6g}"),
+        ]
+        for name, trial in self.trials.items():
+            rows.append(
+                (
+                    name,
+                    f"{trial.difference:.1e} from {self.reference}, {trial.iterations} iterations, "
+                    f"{trial.matvecs} products, {trial.status.name}",
+                )
+            )
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines += [f"! {finding.name}: {finding.value}" for finding in self.findings]
+        return "\n".join([*lines, f"> {self.recommendation}"])
+
+
+def check(
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    mode: Mode = "auto",
+    generator: torch.Generator | None = None,
+) -> Report:
+    """Examine a bilevel problem once: stationarity, curvature, agreement, cost, recommendation.
+
+    It measures the distance of ``params`` from a stationary point, the extreme eigenvalues of H,
+    the time of a product, the hypergradient by five solvers, and the slope of the outer objective
+    along a random direction in φ by central differences, with the inner problem solved again by
+    Newton's method on either side. Costs some hundreds of gradients.
+
+    Args:
+        inner: f, see :func:`hypergradient`.
+        outer: g.
+        params: θ, at or near a minimiser of f.
+        hparams: φ.
+        mode: see :func:`hypergradient`.
+        generator: for the random direction and the sketches; ``None`` is a fixed one.
+
+    Returns:
+        A report; ``print`` it.
+
+    Raises:
+        TypeError, ValueError, DoubleBackwardError: see :func:`hypergradient`.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> f = lambda w, c: 0.5 * ((w - 3.0) ** 2).sum() + 0.5 * (c.exp() * w**2).sum()
+        >>> g = lambda w, c: 0.5 * (w**2).sum()
+        >>> c = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        >>> report = hg.check(f, g, 3.0 / (1.0 + c.exp()), c)
+        >>> report.ok
+        True
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    operator = hessian(inner, params, hparams, mode=mode)
+    size = tr.size(params)
+    ends = extreme_eigenvalues(operator, maxiter=min(100, size), rtol=1e-3)
+    reference_solver: LinearSolver = Dense() if size <= _DENSE_SIZE else CG(rtol=1e-8, maxiter=500)
+
+    def attempt(solver: LinearSolver, damping: float) -> Hypergradient:
+        return hypergradient(
+            inner, outer, params, hparams,
+            solver=solver, damping=damping, on_failure="ignore", mode=mode,
+        )  # fmt: skip
+
+    damping = _needed_damping(ends)
+    reference = attempt(reference_solver, damping)
+    norm = tr.norm(reference.grads)
+    trials = {}
+    for name, solver in _solvers(size, ends, damping, generator).items():
+        result = attempt(solver, damping)
+        difference = tr.norm(tr.subtract(result.grads, reference.grads))
+        solve = result.solve
+        trials[name] = Trial(
+            difference / norm if norm else difference, solve.status, solve.iterations, solve.matvecs
+        )
+
+    step = reference_solver.solve(Damped(operator, damping), operator.gradient).x
+    length = tr.norm(params)
+    newton_step = tr.norm(step) / length if length else tr.norm(step)
+    gradient_seconds, matvec_seconds = _costs(inner, params, hparams, operator)
+    direction = tr.random_normal_like(hparams, generator)
+    direction = tr.divide(direction, tr.norm(direction))
+    slope = float(tr.dot(reference.grads, direction))
+    measured = math.nan
+    findings = _curvature_findings(ends)
+    if Finding.NEGATIVE_CURVATURE not in findings:
+        measured = directional_derivative(inner, outer, params, hparams, direction, mode=mode)
+
+    if newton_step > _STATIONARY:
+        findings.append(Finding.NOT_STATIONARY)
+    if norm == 0.0:
+        findings.append(Finding.ZERO_HYPERGRADIENT)
+    if any(t.status is Status.CONVERGED and t.difference > _AGREE for t in trials.values()):
+        findings.append(Finding.SOLVERS_DISAGREE)
+    if math.isnan(measured):
+        findings.append(Finding.FINITE_DIFFERENCES_FAILED)
+    elif abs(measured - slope) > 0.02 * max(abs(measured), abs(slope), 1e-2 * norm):
+        findings.append(Finding.FINITE_DIFFERENCES_DISAGREE)
+    return Report(
+        size=size,
+        outer_size=tr.size(hparams),
+        inner_grad_norm=reference.inner_grad_norm,
+        newton_step=newton_step,
+        eigenvalues=ends,
+        damping=damping,
+        gradient_seconds=gradient_seconds,
+        matvec_seconds=matvec_seconds,
+        reference=type(reference_solver).__name__,
+        trials=trials,
+        slope=slope,
+        slope_by_differences=measured,
+        findings=tuple(findings),
+        recommendation=_recommend(findings, trials, damping, _rank(size)),
+    )
+
+
+def _curvature_findings(ends: Extremes) -> list[Finding]:
+    noise = 1e-6 * ends.magnitude
+    if ends.smallest < -noise:
+        return [Finding.NEGATIVE_CURVATURE]
+    if ends.smallest <= 1e-9 * ends.magnitude:
+        return [Finding.SINGULAR]
+    if ends.magnitude / ends.smallest > _ILL_CONDITIONED:
+        return [Finding.ILL_CONDITIONED]
+    return []
+
+
+def _needed_damping(ends: Extremes) -> float:
+    trouble = _curvature_findings(ends)
+    if Finding.NEGATIVE_CURVATURE in trouble or Finding.SINGULAR in trouble:
+        return max(0.0, ends.smallest_error - ends.smallest) + (1e-2 * ends.magnitude or 1.0)
+    return 0.0
+
+
+def _solvers(
+    size: int, ends: Extremes, damping: float, generator: torch.Generator
+) -> dict[str, LinearSolver]:
+    rank = _rank(size)
+    limit = min(10 * size, 500)
+    sketch = NystromPreconditioner(rank, generator=generator)
+    scale = max(abs(ends.smallest) + damping, 1e-3 * ends.magnitude) or 1.0
+    return {
+        "CG": CG(rtol=1e-4, maxiter=limit),
+        "Nyström-PCG": CG(rtol=1e-4, maxiter=limit, preconditioner=sketch),
+        "MINRES": MINRES(rtol=1e-4, maxiter=limit),
+        "Neumann": Neumann(terms=50),
+        "Nyström": Nystrom(rank=rank, rho=scale, test="gaussian", generator=generator),
+    }
+
+
+def _rank(size: int) -> int:
+    """A sketch of more than a quarter of a small problem would be a dense solve in disguise."""
+    return min(_RANK, max(1, size // 4))
+
+
+def _costs(inner: Objective, params: Tree, hparams: Tree, operator: Hessian) -> tuple[float, float]:
+    theta, phi = fresh_leaves(params), fresh_leaves(hparams)
+    vector = tr.detach(operator.gradient)
+
+    def median(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(_TIMINGS):
+            began = time.perf_counter()
+            work()
+            _wait(theta)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+    gradient_seconds = median(lambda: value_and_gradients(inner, theta, phi, "inner"))
+    return gradient_seconds, median(lambda: operator.matvec(vector))
+
+
+def _wait(tree: Tree) -> None:
+    for leaf in tr.leaves(tree):
+        if leaf.device.type == "cuda":
+            torch.cuda.synchronize(leaf.device)
+
+
+def _recommend(findings: list[Finding], trials: dict[str, Trial], damping: float, rank: int) -> str:
+    advice = []
+    if Finding.NOT_STATIONARY in findings:
+        advice.append("First train the inner problem to a stationary point.")
+    if Finding.NEGATIVE_CURVATURE in findings or Finding.SINGULAR in findings:
+        advice.append(
+            f"Use hg.CG(rtol=1e-3) with damping='auto' (about {damping:.2g} is needed here), or "
+            "curvature= a Gauss-Newton operator with a little damping."
+        )
+        return " ".join(advice)
+    plain, assisted = trials["CG"], trials["Nyström-PCG"]
+    cheap = trials["Neumann"]
+    if assisted.iterations <= 0.6 * plain.iterations and plain.iterations > 10:
+        advice.append(
+            f"Use hg.CG(rtol=1e-3, preconditioner=hg.NystromPreconditioner(rank={rank})) and keep "
+            f"the preconditioner across outer steps: {assisted.iterations} iterations where plain "
+            f"CG takes {plain.iterations}."
+        )
+    elif cheap.difference <= _AGREE and cheap.matvecs < plain.matvecs:
+        advice.append(f"Use hg.Neumann(terms={cheap.iterations}): it converges fast here.")
+    else:
+        advice.append(f"Use hg.CG(rtol=1e-3): {plain.iterations} iterations reach 1e-4 here.")
+    return " ".join(advice)
