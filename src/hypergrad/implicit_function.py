@@ -297,7 +297,7 @@ def gradient(
         if not value.requires_grad:
             return [torch.zeros_like(t) for t in views]
         grads = torch.autograd.grad(value, views, create_graph=True, allow_unused=True)
-        check_differentiable([grad for grad in grads if grad is not None], [value])
+        check_differentiable([grad for grad in grads if grad is not None], [value], views)
         return list(filled(grads, views))
 
 

@@ -98,7 +98,7 @@ class Jacobian:
             grads = pull_back(tr.leaves(self._graph), inputs, tr.leaves(dummy), create_graph=True)
             with leaving_no_trace(twice=True):
                 transposed = tr.leaves(filled(grads, self.params))
-            check_differentiable(transposed, tr.leaves(self._graph))
+            check_differentiable(transposed, tr.leaves(self._graph), inputs)
             self._transpose = dummy, transposed
         return self._transpose
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from hypergrad.errors import DoubleBackwardError
 from hypergrad.evaluation import leaving_no_trace
@@ -58,18 +58,45 @@ def pull_back(
         raise DoubleBackwardError(operation) from error
 
 
-def check_differentiable(outputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Raise if ``outputs``, gradients of ``values``, hang on a function that cuts their graph.
+def check_differentiable(
+    outputs: Sequence[Tensor], values: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> None:
+    """Raise if ``outputs``, gradients of ``values`` in ``inputs``, lack a part of their graph.
 
-    A ``once_differentiable`` function does so instead of raising: its part would be missing.
+    A ``once_differentiable`` function cuts it. Where its incoming gradient carries a graph it
+    leaves an error node behind, where it is a constant nothing at all: so both ends are looked at.
 
     Raises:
-        DoubleBackwardError: there is one.
+        DoubleBackwardError: there is such a function between ``values`` and ``inputs``.
     """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(outputs)):
-        names = {node.name() for node in _nodes(values) if isinstance(node, BackwardCFunction)}
-        listed = " or ".join(sorted(names)) or "unnamed"
-        raise DoubleBackwardError(f"a once_differentiable autograd.Function ({listed})")
+    custom = [node for node in _nodes(values) if isinstance(node, BackwardCFunction)]
+    guilty = [node for node in custom if _is_once_differentiable(node) and _leads_to(node, inputs)]
+    if not guilty and any(node.name() == "torch::autograd::Error" for node in _nodes(outputs)):
+        guilty = custom
+        if not guilty:
+            raise DoubleBackwardError("a once_differentiable autograd.Function")
+    if guilty:
+        names = " or ".join(sorted({node.name() for node in guilty}))
+        raise DoubleBackwardError(f"a once_differentiable autograd.Function ({names})")
+
+
+def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    return code is _ONCE_DIFFERENTIABLE
+
+
+# All functions that the decorator returns share the code of its inner one.
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx, *grads: grads).__code__
+
+
+def _leads_to(node: torch.autograd.graph.Node, inputs: Sequence[Tensor]) -> bool:
+    leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
+    ends = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
+    return any(
+        below in ends or id(getattr(below, "variable", None)) in leaves
+        for below in _reachable([node])
+    )
 
 
 def _missing_derivative(message: str) -> str | None:
@@ -85,8 +112,12 @@ def _missing_derivative(message: str) -> str | None:
 
 
 def _nodes(outputs: Sequence[Tensor]) -> set[torch.autograd.graph.Node]:
+    return _reachable([output.grad_fn for output in outputs if output.grad_fn is not None])
+
+
+def _reachable(nodes: Sequence[torch.autograd.graph.Node]) -> set[torch.autograd.graph.Node]:
     found: set[torch.autograd.graph.Node] = set()
-    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    waiting = list(nodes)
     while waiting:
         node = waiting.pop()
         if node not in found:

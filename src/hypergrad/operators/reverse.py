@@ -30,7 +30,7 @@ class ReverseHessian(Hessian):
         value = self.inner_value(self._params, twice=True)
         with leaving_no_trace(twice=True):
             self._graph = self.inner_gradient(value, create_graph=True)
-        check_differentiable(tr.leaves(self._graph), [value])
+        check_differentiable(tr.leaves(self._graph), [value], tr.leaves(self._params))
         return value.item(), tr.detach(self._graph)
 
     @property
