@@ -214,7 +214,7 @@ def check(
     generator = generator or torch.Generator().manual_seed(0)
     operator = hessian(inner, params, hparams, mode=mode)
     size = tr.size(params)
-    ends = extreme_eigenvalues(operator, maxiter=min(100, size), rtol=1e-3)
+    ends = extreme_eigenvalues(operator, maxiter=min(100, size), rtol=1e-8)
     reference_solver: LinearSolver = Dense() if size <= _DENSE_SIZE else CG(rtol=1e-8, maxiter=500)
 
     def attempt(solver: LinearSolver, damping: float) -> Hypergradient:
