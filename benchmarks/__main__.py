@@ -14,13 +14,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.convergence import MOST, RANKS, TARGETS, Convergence
+from benchmarks.convergence import measure as measure_convergence
 from benchmarks.cost import CG_ITERATIONS, MODES, Cost, measure
+from benchmarks.digits import Problem, network
+from benchmarks.digits import logistic as digits_logistic
 from benchmarks.processes import Memory, import_ratio, nystrom_memory
 from benchmarks.workloads import cnn, logistic, mlp
 
 MATVEC_GOAL = 1.6
 HYPERGRADIENT_GOAL = 1.15
 IMPORT_GOAL = 1.10
+WORK_GOAL = 0.5
+TIME_GOAL = 1.2
 CHUNK_SIZE = 5
 
 
@@ -41,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = tqdm([mlp, cnn, logistic], desc="products", leave=False)
     costs = [measure(make(options.quick), repeats) for make in progress]
     print_costs(costs)
+    extent = (1, (10,), 32) if options.quick else (9, RANKS, MOST)
+    convergences = [
+        measure_convergence(problem, *extent)
+        for problem in tqdm(_problems(options.quick), desc="convergence", leave=False)
+    ]
+    print_convergence(convergences)
     seconds, ratio = import_ratio(3 if options.quick else 9)
     print("\n## Import\n")
     print(f"`import torch` {seconds:.2f} s; with `import hypergrad` × {ratio:.3f}", end="")
@@ -52,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = {
             "machine": machine,
             "costs": [asdict(cost) for cost in costs],
+            "convergence": [asdict(convergence) for convergence in convergences],
             "import_ratio": ratio,
             "memory": [asdict(row) for row in memory],
         }
@@ -86,6 +99,36 @@ def print_costs(costs: list[Cost]) -> None:
             f"| {cost.name} | {cost.damping} | {cost.hypergradient_ms:.0f} "
             f"| {cost.hypergradient_ratio:.3f} | {met} |"
         )
+
+
+def print_convergence(convergences: list[Convergence]) -> None:
+    """Print the tables of work and time to an error, and what became of the goals."""
+    print("\n## Work and time to a relative error of the hypergradient, on the digits\n")
+    print("Products with the operator and milliseconds, at the smallest budget that reaches it.")
+    for convergence in convergences:
+        print(f"\n{convergence.name}:\n")
+        print(f"| solver | {' | '.join(f'{target:g}' for target in TARGETS)} |")
+        print(f"| --- |{' ---: |' * len(TARGETS)}")
+        for name, efforts in convergence.efforts.items():
+            cells = [
+                "not reached"
+                if efforts[target].matvecs is None
+                else f"{efforts[target].matvecs}, {efforts[target].milliseconds:.1f} ms"
+                for target in TARGETS
+            ]
+            print(f"| {name} | {' | '.join(cells)} |")
+        work, duration = convergence.work_ratio(), convergence.time_ratio()
+        print(
+            f"\n{convergence.best_kept()} by CG at 1e-2: products × {work:.2f} "
+            f"(goal ≤ {WORK_GOAL} for L2 ≤ 1e-3: {verdict(work, WORK_GOAL)}), "
+            f"time × {duration:.2f} (goal ≤ {TIME_GOAL}: {verdict(duration, TIME_GOAL)})"
+        )
+
+
+def _problems(quick: bool) -> list[Problem]:
+    if quick:
+        return [digits_logistic(1e-2), network(2)]
+    return [*map(digits_logistic, (1e-2, 1e-3, 1e-4)), network(32)]
 
 
 def print_memory(rows: list[Memory]) -> None:
