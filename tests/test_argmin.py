@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad as hg
@@ -259,6 +260,39 @@ def test_what_has_no_second_derivative_gives_a_first_one_or_raises() -> None:
     assert torch.autograd.grad(fit(c), c)[0].item() == pytest.approx(1.0)
     with pytest.raises(hg.DoubleBackwardError, match="Once"):
         torch.autograd.grad(fit(c), c, create_graph=True)
+
+
+def test_networks_with_dropout_and_batch_norm_leave_no_trace() -> None:
+    """One set of masks for the solve and for every derivative; buffers and random state stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1)
+    ).double()
+    start = {k: v.detach() for k, v in model.named_parameters()}
+    buffers = [b.clone() for b in model.buffers()]
+
+    def loss(w: dict[str, Tensor], log_decay: Tensor) -> Tensor:
+        misfit = (functional_call(model, w, (X,))[:, 0] - Y).square().mean()
+        squares = torch.stack([(t - 0.1).square().sum() for t in w.values()]).sum()
+        return misfit + 10 * log_decay.exp() * squares
+
+    fit = hg.argmin(loss, solver=hg.MINRES(rtol=1e-11))(lambda d: start)
+    d = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    state = torch.get_rng_state()
+
+    def derivative(create_graph: bool) -> Tensor:
+        torch.set_rng_state(state)
+        total = sum(t.sum() for t in fit(d).values())
+        return torch.autograd.grad(total, d, create_graph=create_graph)[0]
+
+    torch.testing.assert_close(derivative(True).detach(), derivative(False))
+    first = derivative(True)
+    before = torch.get_rng_state()
+    (second,) = torch.autograd.grad(first, d)
+    assert second.isfinite()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(before, state)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
 
 def test_only_what_requires_a_gradient_is_differentiated() -> None:

@@ -31,10 +31,28 @@ def test_the_demo_prints_its_tables_and_saves_its_picture(tmp_path: Path) -> Non
     assert validation["CG"] < validation["before"]
 
 
+def test_the_constrained_example_matches_differences_and_lowers_the_loss() -> None:
+    out = run("examples/constrained.py", "--steps=20")
+    rows = [row for row in out.splitlines() if row.startswith("Σ x = 1")]
+    assert len(rows) == 2
+    for row in rows:
+        error, *_, before, after = re.findall(r"\d\.\d+(?:e-\d+)?", row)
+        assert float(error) < 1e-5
+        assert float(after) < float(before)
+
+
 def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
     out = run("-m", "benchmarks", "--quick", f"--json={tmp_path / 'bench.json'}")
-    for title in ("One Hessian product", "A block of 10", "20 iterations of CG", "Import", "Peak"):
+    for title in (
+        "One Hessian product",
+        "A block of 10",
+        "20 iterations of CG",
+        "Work and time",
+        "Import",
+        "Peak",
+    ):
         assert f"{title}" in out
     figures = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert len(figures["costs"]) == 3
+    assert len(figures["convergence"]) == 2
     assert all(cost["hypergradient_ratio"] > 0 for cost in figures["costs"])

@@ -33,6 +33,7 @@ from hypergrad.implicit_function import (
     implicit_solution,
     needs_graph,
 )
+from hypergrad.isolation import RandomState
 from hypergrad.linsolve import CG, GMRES, FixedPoint, LinearSolver
 from hypergrad.operators import Mode
 from hypergrad.tree import Tree
@@ -234,14 +235,18 @@ def _decorator(
             where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             tensors = [leaves[i] for i in where]
 
+            # One state for all evaluations, so that dropout masks are the same in each.
+            state = RandomState(solution, tensors)
+
             def flat(flat_params: Tensors, flat_tensors: Tensors) -> Any:
                 merged = list(leaves)
                 for i, tensor in zip(where, flat_tensors, strict=True):
                     merged[i] = tensor
-                return function(
-                    optree.tree_unflatten(space, flat_params),
-                    *optree.tree_unflatten(structure, merged),
-                )
+                with state.replayed():
+                    return function(
+                        optree.tree_unflatten(space, flat_params),
+                        *optree.tree_unflatten(structure, merged),
+                    )
 
             if needs_graph(tensors):
                 solution = list(implicit_solution(conditions(flat), solution, tensors))
