@@ -5,7 +5,8 @@ from importlib.metadata import version
 from hypergrad import linsolve, operators
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.certificate import ErrorBound
-from hypergrad.diagnosis import Finding, Report, check
+from hypergrad.conditions import WarmStart
+from hypergrad.diagnosis import check
 from hypergrad.errors import (
     DoubleBackwardError,
     DoubleBackwardWarning,
@@ -13,7 +14,6 @@ from hypergrad.errors import (
     LinearSolveWarning,
 )
 from hypergrad.implicit import Hypergradient, accumulate_grad, hypergradient
-from hypergrad.implicit_function import WarmStart
 from hypergrad.linsolve import (
     CG,
     GMRES,
@@ -39,6 +39,7 @@ from hypergrad.linsolve import (
     StochasticNeumann,
 )
 from hypergrad.minibatch import Averaged, Sampled
+from hypergrad.report import Finding, Report
 
 __version__ = version("hypergrad")
 

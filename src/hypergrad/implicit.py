@@ -105,7 +105,8 @@ def hypergradient(
         mu: μ, a number > 0 that no eigenvalue of H lies below, for an :class:`ErrorBound` of the
             answer; costs some ten to a hundred products more. ``"auto"`` takes what the operator
             knows (such as the damping of a positive semi-definite one) or else a Lanczos estimate,
-            and says which. ``None``: no bound.
+            and says which. For an :class:`Averaged` objective it holds all batches in memory.
+            ``None``: no bound.
         x0: where the solver starts, such as ``solve.x`` of the last outer step.
         on_failure: what a failed solve does: ``"warn"``, ``"raise"`` or ``"ignore"``. The answer
             from its best iterate is returned in the first and the last case.
