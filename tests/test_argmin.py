@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -117,10 +117,25 @@ def test_transforms(name: str) -> None:
     torch.testing.assert_close(torch.func.grad(loss)(batch[0]), each[0])
     jacobian = torch.autograd.functional.jacobian(lambda d: fit(d, X)["a"], batch[0])
     torch.testing.assert_close(torch.func.jacrev(lambda d: fit(d, X)["a"])(batch[0]), jacobian)
+    torch.testing.assert_close(torch.func.jacfwd(lambda d: fit(d, X)["a"])(batch[0]), jacobian)
     hessian = torch.autograd.functional.hessian(loss, batch[0])
+    torch.testing.assert_close(torch.func.hessian(loss)(batch[0]), hessian, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(
         torch.func.jacrev(torch.func.jacrev(loss))(batch[0]), hessian, rtol=1e-6, atol=1e-9
     )
+
+
+def test_forward_mode() -> None:
+    @hg.argmin(lambda w, c: (c * w**2 / 2 - w).sum())
+    def fit(c: Tensor) -> Tensor:
+        w = torch.zeros_like(c)
+        return w.add_(1.0 / c)  # in place, as training code works
+
+    c = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(fit(forward_ad.make_dual(c, torch.ones_like(c)))).tangent
+    torch.testing.assert_close(tangent, -1.0 / c**2)
+    assert gradcheck(fit, (c.requires_grad_(),), check_forward_ad=True, atol=1e-4)
 
 
 def test_vmap_over_data_as_well() -> None:

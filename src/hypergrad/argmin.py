@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import optree
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad import tree as tr
 from hypergrad.checks import (
@@ -54,8 +55,9 @@ def argmin(
     backward pass. Gradients flow to every floating-point tensor in ``hparams`` and ``args`` that
     requires them; keyword arguments are ``fit``'s alone, such as a starting point, and not
     differentiated. Second and higher derivatives (``create_graph=True``) are exact up to the linear
-    solves, or raise where an operation lacks them. ``torch.func.vmap`` over a batch of problems
-    works if it works on ``fit`` and ``inner``; the batch is solved as one block-diagonal system.
+    solves, or raise where an operation lacks them; forward mode works as well. The transforms of
+    ``torch.func`` (``vmap`` over a batch of problems, ``jacrev``, ``jacfwd``, ``hessian``) work
+    where they work on ``fit`` and ``inner``; a batch is solved as one block-diagonal system.
 
     Args:
         inner: ``f(params, hparams, *args)``, a scalar.
@@ -251,4 +253,7 @@ def _decorator(
 
 
 def _detached(tree: Any) -> Any:
-    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    """The tensors of any tree without their graphs, and without forward-mode tangents."""
+    return optree.tree_map(
+        lambda leaf: unpack_dual(leaf).primal.detach() if isinstance(leaf, Tensor) else leaf, tree
+    )

@@ -10,11 +10,12 @@ pulls back to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad.conditions import Conditions, Tensors, gradient, inside_a_transform
 from hypergrad.operators import LinearOperator, Transposed
@@ -26,6 +27,8 @@ def needs_graph(tensors: Tensors) -> bool:
     Inside ``torch.func`` transforms a tensor does not tell: a batch hides what requires gradients.
     """
     if inside_a_transform():
+        return True
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -46,6 +49,22 @@ class _Solution(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.conditions, ctx.count, *tensors = inputs
         ctx.save_for_backward(*output, *tensors[ctx.count :])
+        ctx.save_for_forward(*output, *tensors[ctx.count :])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        count, conditions = ctx.count, ctx.conditions
+        params, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        moving = tangents[2 + count :]
+        needed = [tangent is not None for tangent in moving]
+
+        # u ↦ Bᵀ u is linear, and the derivative of ⟨Bᵀ u, φ̇⟩ in u is B φ̇.
+        def pulled(u: Tensors) -> Tensor:
+            parts = gradient(lambda t: _inner(conditions.optimality(params, t), u), tensors, needed)
+            return _inner(parts, [tangent for tangent in moving if tangent is not None])
+
+        slope = gradient(pulled, [torch.zeros_like(p) for p in params])
+        return tuple(-x for x in _Adjoint.apply(conditions, count, True, *params, *tensors, *slope))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -92,6 +111,27 @@ class _Adjoint(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.conditions, ctx.count, ctx.transposed, *tensors = inputs
         ctx.save_for_backward(*tensors[: -ctx.count], *output)
+        ctx.save_for_forward(*tensors[: -ctx.count], *output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        count, conditions = ctx.count, ctx.conditions
+        saved, v = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
+        moving, u_tangents = tangents[3:-count], tangents[-count:]
+        rhs = [
+            torch.zeros_like(x) if tangent is None else tangent
+            for x, tangent in zip(v, u_tangents, strict=True)
+        ]
+        needed = [tangent is not None for tangent in moving]
+        if any(needed):
+            # w ↦ ⟨Aᵀ v, w⟩ is linear: dAᵀ v is the derivative in w of its slope along the tangents.
+            def slope(w: Tensors) -> Tensor:
+                parts = gradient(_bilinear(ctx, v, w), saved, needed)
+                return _inner(parts, [tangent for tangent in moving if tangent is not None])
+
+            change = gradient(slope, [torch.zeros_like(x) for x in v])
+            rhs = [a - b for a, b in zip(rhs, change, strict=True)]
+        return _Adjoint.apply(conditions, count, ctx.transposed, *saved, *rhs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -102,15 +142,7 @@ class _Adjoint(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:-count]
         grads: list[Tensor | None] = [None] * len(needed)
         if any(needed):
-            # ⟨Aᵀ v, w⟩, or ⟨A v, w⟩ = ⟨Aᵀ w, v⟩.
-            left, right = (w, v) if ctx.transposed else (v, w)
-
-            def slope(both: Tensors) -> Tensor:
-                some, rest = both[:count], both[count:]
-                pulled = gradient(lambda p: _inner(conditions.optimality(p, rest), left), some)
-                return _inner(pulled, right)
-
-            given = iter(gradient(slope, [*params, *tensors], needed))
+            given = iter(gradient(_bilinear(ctx, v, w), [*params, *tensors], needed))
             grads = [-next(given) if need else None for need in needed]
         return None, None, None, *grads, *w
 
@@ -139,6 +171,20 @@ class _Adjoint(torch.autograd.Function):
         u, _, _ = _leading(info.batch_size, dims[-count:], count, tensors[-count:])
         solution = _Adjoint.apply(conditions.batched(kept), count, transposed, *params, *rest, *u)
         return solution, (0,) * count
+
+
+def _bilinear(ctx: Any, v: Tensors, w: Tensors) -> Callable[[Tensors], Tensor]:
+    """``⟨Aᵀ v, w⟩`` (``⟨A v, w⟩ = ⟨Aᵀ w, v⟩`` if transposed) as a function of θ and φ."""
+    left, right = (w, v) if ctx.transposed else (v, w)
+
+    def value(both: Tensors) -> Tensor:
+        params, tensors = both[: ctx.count], both[ctx.count :]
+        pulled = gradient(
+            lambda some: _inner(ctx.conditions.optimality(some, tensors), left), params
+        )
+        return _inner(pulled, right)
+
+    return value
 
 
 def _differentiated_again() -> bool:

@@ -122,7 +122,7 @@ class JacobiPreconditioner(Preconditioner):
             noise = (square / self._samples - entry.square()).clamp(min=0.0)
             noise = noise / max(self._samples - 1, 1)
             signal = (entry - mean).square()
-            trust = (signal / (signal + noise).clamp(min=torch.finfo(entry.dtype).tiny)).nan_to_num()
+            trust = torch.where(signal > 0.0, signal / (signal + noise), signal)
             return (mean + trust * (entry - mean)).abs().clamp(min=1e-3 * abs(mean))
 
         diagonal = tr.map_leaves(shrunk, estimate, squares)
