@@ -23,7 +23,7 @@ def diabetes() -> tuple[Tensor, Tensor]:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 def test_ridge_by_torch_linalg() -> None:

@@ -78,7 +78,7 @@ def extreme_eigenvalues(
     q_old, beta = tr.zeros_like(q), 0.0
     alphas: list[float] = []
     betas: list[float] = []
-    ends = (math.nan,) * 4
+    ends = (math.nan, math.nan, math.nan, math.nan)
     for _ in range(min(maxiter, tr.size(q))):
         w = operator.matvec(q)
         (alpha,) = tr.to_floats(tr.dot(q, w))
@@ -86,7 +86,7 @@ def extreme_eigenvalues(
         tr.add_(w, q_old, -beta)
         q_old, beta = q, tr.norm(w)
         if not math.isfinite(beta):
-            return Extremes(*(math.nan,) * 4, len(alphas) + 1)
+            return Extremes(math.nan, math.nan, math.nan, math.nan, len(alphas) + 1)
         alphas.append(alpha)
         ends = _ritz_ends(alphas, betas, beta)
         magnitude = max(abs(ends[0]), abs(ends[1]))
@@ -94,7 +94,7 @@ def extreme_eigenvalues(
             break
         betas.append(beta)
         q = tr.divide(w, beta)
-    return Extremes(*ends, len(alphas))
+    return Extremes(ends[0], ends[1], ends[2], ends[3], len(alphas))
 
 
 def _ritz_ends(

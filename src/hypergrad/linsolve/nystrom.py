@@ -21,6 +21,7 @@ from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
 Test: TypeAlias = Literal["coordinates", "gaussian"]
+Rank: TypeAlias = int | Literal["auto"]
 _TESTS = ("coordinates", "gaussian")
 
 
@@ -61,7 +62,7 @@ class Nystrom(LinearSolver):
 
     needs_symmetric: ClassVar[bool] = True
 
-    rank: int | Literal["auto"] = 5
+    rank: Rank = 5
     rho: float = 0.1
     test: Test = "coordinates"
     max_rank: int = 128
@@ -161,7 +162,7 @@ class NystromPreconditioner(Preconditioner):
 
     def __init__(
         self,
-        rank: int | Literal["auto"] = 25,
+        rank: Rank = 25,
         *,
         test: Test = "gaussian",
         tolerance: float = 1e-2,
@@ -196,7 +197,7 @@ class NystromPreconditioner(Preconditioner):
             return float(magnitudes.min()) <= small
 
         n = tr.size(operator.like)
-        rank: int | Literal["auto"] = "auto" if self._rank == "auto" else min(self._rank, n)
+        rank = self._rank if self._rank == "auto" else min(self._rank, n)
         self._sketch = _draw_sketch(
             operator, rank, self._test, self._max_rank, self._chunk_size, self._generator, enough
         )
@@ -208,7 +209,7 @@ class NystromPreconditioner(Preconditioner):
 
 def _draw_sketch(
     operator: LinearOperator,
-    rank: int | Literal["auto"],
+    rank: Rank,
     test: Test,
     max_rank: int,
     chunk_size: int | None,
@@ -234,7 +235,7 @@ def _draw_sketch(
 
 
 def _check_sketch_options(
-    rank: int | Literal["auto"],
+    rank: Rank,
     test: str,
     max_rank: int,
     chunk_size: int | None,
