@@ -128,6 +128,8 @@ def start(data: Data) -> tuple[Params, Tensor]:
 def compare_methods(data: Data, repeats: int) -> None:
     """Print the error, cost and receipt of each method at the starting point."""
     w, log_decay = start(data)
+    print("\nWhat hg.check says of the problem\n")
+    print(hg.check(data.inner, data.outer, w, log_decay))
     results: dict[str, hg.Hypergradient] = {}
     milliseconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(repeats):

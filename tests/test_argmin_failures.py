@@ -66,6 +66,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "damping": (lambda: hg.argmin(inner, damping=-1.0), ValueError, "damping must be a finite"),
     "on_failure": (lambda: hg.argmin(inner, on_failure="x"), ValueError, "on_failure must be"),  # type: ignore[arg-type]
     "mode": (lambda: hg.argmin(inner, mode="x"), ValueError, "mode must be one of"),  # type: ignore[arg-type]
+    "module": (
+        lambda: hg.argmin(inner)(lambda m: DECAY)(torch.nn.Linear(2, 2)),
+        TypeError,
+        "got the module Linear; pass dict",
+    ),
     "integer-solution": (
         lambda: hg.argmin(inner)(lambda d: torch.arange(3))(DECAY),
         TypeError,

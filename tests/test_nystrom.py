@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,12 +83,13 @@ def test_full_rank_inverts_whatever_the_structure() -> None:
 def test_rank_deficient_and_zero_operators() -> None:
     B = torch.randn(20, 3, generator=seeded(), dtype=torch.float64)
     A, b = B @ B.T, torch.ones(20, dtype=torch.float64)
-    for chunk_size in (None, 2):
-        sketch = hg.Nystrom(rank=10, rho=0.1, chunk_size=chunk_size).sketch(Matrix(A))
+    for chunk_size, test in itertools.product((None, 2), ("coordinates", "gaussian")):
+        options = {"chunk_size": chunk_size, "test": test}
+        sketch = hg.Nystrom(rank=10, rho=0.1, **options).sketch(Matrix(A))
         exact = torch.linalg.solve(A + 0.1 * torch.eye(20), b)
         assert len(sketch.eigenvalues) == 3
         torch.testing.assert_close(sketch.apply(b), exact, rtol=1e-7, atol=1e-9)
-        zero = hg.Nystrom(rank=5, rho=0.5, chunk_size=chunk_size).solve(Matrix(0 * A), b)
+        zero = hg.Nystrom(rank=5, rho=0.5, **options).solve(Matrix(0 * A), b)
         torch.testing.assert_close(zero.x, 2 * b)
 
 

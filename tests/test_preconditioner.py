@@ -155,6 +155,22 @@ def test_a_kept_preconditioner_is_made_anew_only_when_it_stops_helping() -> None
     assert fresh.iterations < stale.iterations / 1.5
 
 
+def test_every_product_of_a_preconditioner_is_counted() -> None:
+    b = rhs_for(40)
+    for preconditioner in (
+        hg.NystromPreconditioner(8),
+        hg.NystromPreconditioner(8, chunk_size=3),
+        hg.NystromPreconditioner(8, refresh="always"),
+        hg.JacobiPreconditioner(4),
+    ):
+        for make in (hg.CG, hg.MINRES, hg.GMRES):
+            for seed in (0, 1):
+                counter = CountingMatrix(spd_matrix(40, 100.0, seed))
+                solution = make(preconditioner=preconditioner).solve(counter, b)
+                assert solution.status is Status.CONVERGED
+                assert solution.matvecs == counter.products
+
+
 def test_refresh_may_be_forced_or_forbidden() -> None:
     A, b = Matrix(spd_matrix(40, 100.0, 0)), rhs_for(40)
     other = Matrix(spd_matrix(40, 1e4, 1))
@@ -194,6 +210,11 @@ def test_preconditioners_work_on_trees_in_mixed_precision() -> None:
         (lambda: hg.NystromPreconditioner(refresh="often"), ValueError, "refresh must be one of"),
         (lambda: hg.NystromPreconditioner(growth=0.5), ValueError, "growth must be a finite"),
         (lambda: hg.NystromPreconditioner(tolerance=0.0), ValueError, "tolerance must be"),
+        (
+            lambda: hg.NystromPreconditioner(chunk_size=5, refresh="never"),
+            ValueError,
+            "refresh must not be 'never' with a chunk_size",
+        ),
         (lambda: hg.JacobiPreconditioner(0), ValueError, "samples must be at least 1"),
         (lambda: hg.CG(preconditioner=hg.NystromPreconditioner), TypeError, "preconditioner must"),
         (lambda: hg.MINRES(preconditioner=3), TypeError, "preconditioner must be a Precond"),

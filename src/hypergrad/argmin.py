@@ -54,10 +54,11 @@ def argmin(
     stationary point, and gets a node in the caller's graph that solves one linear system for each
     backward pass. Gradients flow to every floating-point tensor in ``hparams`` and ``args`` that
     requires them; keyword arguments are ``fit``'s alone, such as a starting point, and not
-    differentiated. Second and higher derivatives (``create_graph=True``) are exact up to the linear
-    solves, or raise where an operation lacks them; forward mode works as well. The transforms of
-    ``torch.func`` (``vmap`` over a batch of problems, ``jacrev``, ``jacfwd``, ``hessian``) work
-    where they work on ``fit`` and ``inner``; a batch is solved as one block-diagonal system.
+    differentiated, nor is what ``inner`` closes over. Second and higher derivatives
+    (``create_graph=True``) are exact up to the linear solves, or raise where an operation lacks
+    them; forward mode works as well. The transforms of ``torch.func`` (``vmap`` over a batch of
+    problems, ``jacrev``, ``jacfwd``, ``hessian``) work where they work on ``fit`` and ``inner``; a
+    batch is solved as one block-diagonal system.
 
     Args:
         inner: ``f(params, hparams, *args)``, a scalar.
@@ -219,6 +220,7 @@ def _decorator(
         @functools.wraps(fit)
         def differentiable(hparams: Tree, *args: Any, **options: Any) -> Any:
             arguments: Tree = (hparams, *args)
+            _refuse_modules(arguments)
             leaves, structure = optree.tree_flatten(arguments)
             with torch.enable_grad():
                 found = fit(*_detached(arguments), **options)
@@ -250,6 +252,16 @@ def _decorator(
         return differentiable
 
     return decorate
+
+
+def _refuse_modules(arguments: Tree) -> None:
+    """A module's parameters would be constants, and their gradients missing in silence."""
+    for leaf in optree.tree_leaves(arguments):
+        if isinstance(leaf, torch.nn.Module):
+            raise TypeError(
+                f"hparams and args must be trees of tensors, got the module {type(leaf).__name__}; "
+                "pass dict(module.named_parameters())"
+            )
 
 
 def _detached(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome
-from hypergrad.linsolve.preconditioner import check_preconditioner, prepare
+from hypergrad.linsolve.preconditioner import Preconditioner, check_preconditioner, observe, prepare
 from hypergrad.linsolve.refine import Cycle, refine
 from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
@@ -54,7 +54,7 @@ class GMRES(LinearSolver):
     atol: float = 0.0
     restart: int = 50
     maxiter: int | None = None
-    preconditioner: Callable[[Tree], Tree] | None = None
+    preconditioner: Preconditioner | Callable[[Tree], Tree] | None = None
     record_residuals: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class GMRES(LinearSolver):
         def cycle(r: Tree, target: float, budget: int) -> Cycle:
             return _arnoldi(operator, r, target, min(restart, budget), precondition)
 
-        return refine(
+        outcome = refine(
             operator,
             rhs,
             tolerance=max(self.rtol, self.atol / rhs_scale),
@@ -81,6 +81,8 @@ class GMRES(LinearSolver):
             gain=0.99,
             record=self.record_residuals,
         )
+        observe(self.preconditioner, outcome.iterations)
+        return outcome
 
 
 def _arnoldi(

@@ -144,6 +144,8 @@ class NystromPreconditioner(Preconditioner):
         tolerance: for ``rank="auto"``.
         max_rank: for ``rank="auto"``.
         chunk_size: how many vectors are in memory at once, see :class:`Nystrom`. ``None``: all k.
+            In chunks each use costs two products with the operator that the sketch was made of, so
+            that it is made anew for every solve.
         generator: for the test matrix; ``None`` is PyTorch's default one.
         refresh: see :class:`Preconditioner`.
         growth: see :class:`Preconditioner`.
@@ -172,7 +174,10 @@ class NystromPreconditioner(Preconditioner):
         refresh: Refresh = "auto",
         growth: float = 1.5,
     ) -> None:
-        super().__init__(refresh=refresh, growth=growth)
+        if chunk_size is not None and refresh == "never":
+            raise ValueError("refresh must not be 'never' with a chunk_size: nothing is stored")
+        # In chunks the map would hold on to the operator, and to the graph, of an earlier solve.
+        super().__init__(refresh=refresh if chunk_size is None else "always", growth=growth)
         _check_sketch_options(rank, test, max_rank, chunk_size, generator)
         check_number(tolerance, "tolerance", above=0.0)
         self._rank = rank
@@ -197,7 +202,7 @@ class NystromPreconditioner(Preconditioner):
             return float(magnitudes.min()) <= small
 
         n = tr.size(operator.like)
-        rank = self._rank if self._rank == "auto" else min(self._rank, n)
+        rank = self._rank if isinstance(self._rank, str) else min(self._rank, n)
         self._sketch = _draw_sketch(
             operator, rank, self._test, self._max_rank, self._chunk_size, self._generator, enough
         )
