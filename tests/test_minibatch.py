@@ -115,6 +115,25 @@ def test_one_batch_is_in_memory_at_a_time_unless_graphs_are_kept() -> None:
     assert A.matvec(W).isfinite().all()
 
 
+def test_a_batch_that_fails_leaves_the_random_state_alone() -> None:
+    def failing(w: Tensor, d: Tensor, batch: Any) -> Tensor:
+        if batch == 1:
+            raise RuntimeError("broken batch")
+        return inner(w, d, (X, Y))
+
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="broken batch") as caught:
+        hessian(hg.Averaged(failing, [0, 1]), W, DECAY)
+    assert caught.value.__traceback__ is not None, "which keeps every frame of it alive"
+    assert torch.equal(torch.get_rng_state(), before)
+    model = nn.Dropout(0.5)
+    dropping = hg.Averaged(lambda w, d, _: model(w).sum() * torch.nan, [0, 1])
+    with pytest.raises(ValueError, match="inner must return a finite value") as caught_nan:
+        hessian(dropping, W, DECAY)
+    assert caught_nan.value.__traceback__ is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_half_precision_is_accumulated_in_float32() -> None:
     """A thousand equal batches: a bfloat16 sum would stop growing at 256."""
     w, d = W.bfloat16(), DECAY.bfloat16()

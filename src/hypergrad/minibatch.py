@@ -26,7 +26,8 @@ class Averaged:
     Values, gradients and Hessian products pass over the batches one at a time, so that the memory
     is that of one batch, and are summed in float32 or better. A pass replays the random state of
     the first, so that a shuffling ``DataLoader``, random augmentation and dropout give the same
-    numbers in every product of a call: the operator is one fixed matrix.
+    numbers in every product of a call: the operator is one fixed matrix. Where it is differentiated
+    as one function (``argmin``, error bounds) all batches are in memory at once.
 
     Args:
         objective: ``f(params, hparams, batch)``, a scalar.

@@ -46,7 +46,7 @@ class LinearSolver(ABC):
             ``NOT_SYMMETRIC`` unless the operator is known to be symmetric.
     """
 
-    needs_symmetric: ClassVar[bool]
+    needs_symmetric: ClassVar[bool] = False
 
     @abstractmethod
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 
 from hypergrad import tree as tr
 from hypergrad.isolation import RandomState
@@ -31,12 +32,13 @@ class AveragedHessian(Hessian):
         value = total = 0.0
         gradient: Tree = None
         kept = []
-        for weight, part in self._parts():
-            total += weight
-            value += weight * part.value
-            gradient = _accumulate(gradient, part.gradient, weight)
-            if self._mean.keep_graphs:
-                kept.append((weight, part))
+        with closing(self._parts()) as parts:
+            for weight, part in parts:
+                total += weight
+                value += weight * part.value
+                gradient = _accumulate(gradient, part.gradient, weight)
+                if self._mean.keep_graphs:
+                    kept.append((weight, part))
         self._kept = kept
         self._total = total
         return value / total, tr.cast_like(tr.divide(gradient, total), self._params)
@@ -54,11 +56,13 @@ class AveragedHessian(Hessian):
 
     def _mean_of(self, product: Callable[[Hessian], Tree]) -> Tree:
         products: Tree = None
-        for weight, part in self._parts():
-            products = _accumulate(products, product(part), weight)
+        with closing(self._parts()) as parts:
+            for weight, part in parts:
+                products = _accumulate(products, product(part), weight)
         return tr.divide(products, self._total)
 
-    def _parts(self) -> Iterator[tuple[float, Hessian]]:
+    # To be closed where the loop may end early: it holds the caller's random state meanwhile.
+    def _parts(self) -> Generator[tuple[float, Hessian]]:
         if self._kept:
             yield from self._kept
             return
