@@ -51,6 +51,7 @@ EXACT: Options = {"on_failure": "ignore"}
 DECORATED: dict[str, Callable[..., dict[str, Tensor]]] = {
     "argmin-cg": hg.argmin(inner, solver=hg.CG(rtol=1e-13), **EXACT)(newton),
     "argmin-minres": hg.argmin(inner, solver=hg.MINRES(rtol=1e-13), **EXACT)(newton),
+    "argmin-block-cg": hg.argmin(inner, solver=hg.BlockCG(rtol=1e-13), **EXACT)(newton),
     "argmin-dense": hg.argmin(inner, solver=hg.Dense(), **EXACT)(newton),
     "root-gmres": hg.root(gradient, solver=hg.GMRES(rtol=1e-13), **EXACT)(newton),
     "root-normal-cg": hg.root(gradient, solver=hg.NormalCG(rtol=1e-13), **EXACT)(newton),
@@ -99,7 +100,7 @@ def test_second_derivatives_are_not_half() -> None:
     assert third.item() == pytest.approx(-24 / 1.5**5, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["argmin-cg", "root-gmres", "fixed-point"])
+@pytest.mark.parametrize("name", ["argmin-cg", "argmin-block-cg", "root-gmres", "fixed-point"])
 def test_transforms(name: str) -> None:
     fit = DECORATED[name]
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import block as bl
 from hypergrad import tree as tr
 from hypergrad.evaluation import filled, leaving_no_trace
 from hypergrad.implicit import OnFailure, report_failure
-from hypergrad.linsolve import LinearSolver, Solution
+from hypergrad.linsolve import BlockCG, LinearSolver, Solution
 from hypergrad.operators import Damped, Hessian, LinearOperator, Mode, Root, hessian
 from hypergrad.operators.kept_graph import check_differentiable
 
@@ -75,6 +76,18 @@ class Conditions(ABC):
         if held is not None:
             held.x, held.solution = solution.x, solution
         return tr.cast_like(solution.x, list(rhs))
+
+    def solve_columns(self, operator: LinearOperator, rhs: Tensors) -> Tensors:
+        """``(A + λI)⁻¹`` of every vector of a block: together by block CG, else one by one."""
+        if not isinstance(self.solver, BlockCG):
+            solved = [self.solve(operator, u, warm=False) for u in bl.unstack(list(rhs))]
+            return bl.stack(solved)
+        system = Damped(operator, self.damping) if self.damping > 0.0 else operator
+        block = self.solver.solve_block(system, list(rhs))
+        worst = float(block.relative_residuals.max())
+        receipt = Solution(block.x, block.status, block.iterations, block.matvecs, worst)
+        report_failure(self.solver, receipt, self.on_failure)
+        return tr.cast_like(block.x, list(rhs))
 
     def part(self, tensors: Tensors, needed: Sequence[bool]) -> tuple[list[Tensor], Condition]:
         """The needed tensors, and the function of θ and of these alone."""
