@@ -58,6 +58,11 @@ SOLVERS: dict[str, SolverCase] = {
         # At full rank Ω is square, and as ill-conditioned as square Gaussian matrices are.
         affordable=lambda n, condition: n <= 60 and condition <= 200,
     ),
+    "nystrom-orthonormal": SolverCase(
+        cheap=lambda: hg.Nystrom(rank=1, test="orthonormal", measure_residual=True),
+        exact=lambda problem: hg.Nystrom(rank=problem.n, rho=1e-11, test="orthonormal"),
+        affordable=lambda n, condition: n <= 300,
+    ),
     "nystrom-gaussian-chunked": SolverCase(
         cheap=lambda: hg.Nystrom(rank=1, test="gaussian", chunk_size=1, measure_residual=True),
         exact=lambda problem: hg.Nystrom(rank=problem.n, rho=1e-11, test="gaussian", chunk_size=7),

@@ -35,8 +35,16 @@ def dense_map(apply: Callable, n: int) -> torch.Tensor:
     return torch.stack([apply(e) for e in torch.eye(n, dtype=torch.float64)])
 
 
-@pytest.mark.parametrize("test", ["gaussian", "coordinates"])
-@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize(
+    ("test", "chunk_size"),
+    [
+        ("gaussian", None),
+        ("gaussian", 4),
+        ("coordinates", None),
+        ("coordinates", 4),
+        ("orthonormal", None),
+    ],
+)
 def test_a_nystrom_preconditioner_is_the_formula_it_says(test: str, chunk_size: int | None) -> None:
     """τ U Λ⁻¹ Uᵀ + I − U Uᵀ, U and Λ from a dense eigendecomposition of the approximation."""
     A, n, k = spd_matrix(30, 100.0, 0), 30, 8
@@ -214,6 +222,11 @@ def test_preconditioners_work_on_trees_in_mixed_precision() -> None:
             lambda: hg.NystromPreconditioner(chunk_size=5, refresh="never"),
             ValueError,
             "refresh must not be 'never' with a chunk_size",
+        ),
+        (
+            lambda: hg.Nystrom(test="orthonormal", chunk_size=3),
+            ValueError,
+            "test must not be 'orthonormal' with a chunk_size",
         ),
         (lambda: hg.JacobiPreconditioner(0), ValueError, "samples must be at least 1"),
         (lambda: hg.CG(preconditioner=hg.NystromPreconditioner), TypeError, "preconditioner must"),

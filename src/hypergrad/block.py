@@ -121,6 +121,17 @@ def combine(block: Tree, coefficients: Tensor) -> Tree:
     return tr.map_leaves(mix, block)
 
 
+def orthonormal(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
+    """``(Q, C)`` with ``block = C Q``, Q orthonormal; dependent directions are left out of Q.
+
+    Directions count as dependent below ``epsilon`` of the longest, or what float64 can tell.
+    """
+    Q, C = _whiten(block, epsilon)
+    # The Gram matrix squares the condition number; a second pass makes Q orthonormal to rounding.
+    Q, again = _whiten(Q, 0.0)
+    return Q, C @ again
+
+
 def to_matrix(block: Tree) -> Tensor:
     """The dense ``(k, n)`` matrix of a block, in float64; for small problems."""
     parts = [_rows(leaf) for leaf in tr.leaves(block)]
@@ -139,6 +150,15 @@ def from_flat(flat: Tensor, like: Tree) -> Tree:
         part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, tr.leaves(like), strict=True)
     ]
     return tr.unflatten_like(like, shaped)
+
+
+def _whiten(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
+    inner = gram(block, block)
+    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+    cutoff = max(epsilon**2, len(inner) * torch.finfo(inner.dtype).eps)
+    kept = values > cutoff * values[-1:]
+    root = values[kept].sqrt()
+    return combine(block, (vectors[:, kept] / root).T), vectors[:, kept] * root
 
 
 # Rows of a Gram product are widened to float64 a slab at a time, so that the copy stays small.

@@ -143,7 +143,7 @@ class BlockCG(LinearSolver):
     ) -> tuple[Tree, Status | None, int]:
         epsilon = tr.epsilon(R)
         X = tr.zeros_like(R)
-        Q, C = _orthonormal(R, epsilon)
+        Q, C = bl.orthonormal(R, epsilon)
         S = Q
         largest = 0.0
         for iteration in range(maxiter):
@@ -160,30 +160,13 @@ class BlockCG(LinearSolver):
                 return X, status, iteration
             inverse = torch.linalg.inv(curvature)
             tr.add_(X, bl.combine(S, C @ inverse))
-            Q, zeta = _orthonormal(tr.subtract(Q, bl.combine(AS, inverse)), epsilon)
+            Q, zeta = bl.orthonormal(tr.subtract(Q, bl.combine(AS, inverse)), epsilon)
             C = C @ zeta
             residuals = torch.linalg.vector_norm(C, dim=1)
             if bool((residuals <= self.rtol).all()) or bl.width(Q) == 0:
                 return X, None, iteration + 1
             S = tr.add(Q, bl.combine(S, zeta.T))
         return X, None, maxiter
-
-
-def _orthonormal(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
-    """``(Q, C)`` with ``block = C Q``, Q orthonormal; dependent directions are left out of Q."""
-    Q, C = _whiten(block, epsilon)
-    # The Gram matrix squares the condition number; a second pass makes Q orthonormal to rounding.
-    Q, again = _whiten(Q, 0.0)
-    return Q, C @ again
-
-
-def _whiten(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
-    gram = bl.gram(block, block)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    cutoff = max(epsilon**2, len(gram) * torch.finfo(gram.dtype).eps)
-    kept = values > cutoff * values[-1:]
-    root = values[kept].sqrt()
-    return bl.combine(block, (vectors[:, kept] / root).T), vectors[:, kept] * root
 
 
 def _normalised(curvature: Tensor, gram: Tensor) -> Tensor:

@@ -14,15 +14,15 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_choice, check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
 from hypergrad.linsolve.preconditioner import Preconditioner, Refresh
-from hypergrad.linsolve.probes import Probes, draw_coordinates, draw_gaussian
+from hypergrad.linsolve.probes import Probes, draw_coordinates, draw_gaussian, draw_orthonormal
 from hypergrad.linsolve.sketch import Sketch, sketch
 from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-Test: TypeAlias = Literal["coordinates", "gaussian"]
+Test: TypeAlias = Literal["coordinates", "gaussian", "orthonormal"]
 Rank: TypeAlias = int | Literal["auto"]
-_TESTS = ("coordinates", "gaussian")
+_TESTS = ("coordinates", "gaussian", "orthonormal")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Nystrom(LinearSolver):
         rho: ρ > 0. What is not in the sketch is divided by it.
         test: ``"coordinates"``, as in 0.0.1, or ``"gaussian"``, nearer to A at the same rank where
             the mass of A is not in few of its columns (Frangella, Tropp & Udell 2023). A rank near
-            n is for coordinates: a square Gaussian matrix is ill-conditioned.
+            n is for the others: a square Gaussian matrix is ill-conditioned. ``"orthonormal"`` is
+            the same but for rounding, and keeps k vectors more in memory.
         max_rank: the limit for ``rank="auto"``.
         chunk_size: at most this many vectors are multiplied at once and in memory at any time,
             whatever the rank. Costs 2 k products, and 3 or more for each right-hand side. ``None``:
@@ -140,7 +141,7 @@ class NystromPreconditioner(Preconditioner):
         rank: k; at most n is used. ``"auto"`` doubles it from 8 until the smallest eigenvalue of
             the sketch is at most ``tolerance`` of the largest, or 10 times the operator's known
             lower bound (such as its damping), or ``max_rank`` is reached.
-        test: ``"gaussian"`` or ``"coordinates"``.
+        test: ``"gaussian"``, ``"orthonormal"`` or ``"coordinates"``, see :class:`Nystrom`.
         tolerance: for ``rank="auto"``.
         max_rank: for ``rank="auto"``.
         chunk_size: how many vectors are in memory at once, see :class:`Nystrom`. ``None``: all k.
@@ -232,8 +233,10 @@ def _draw_sketch(
     probes: Probes
     if test == "coordinates":
         probes = draw_coordinates(operator.like, count, generator, shuffled=rank == "auto")
-    else:
+    elif test == "gaussian":
         probes = draw_gaussian(operator.like, count, generator)
+    else:
+        probes = draw_orthonormal(operator.like, count, generator)
     return sketch(
         operator, probes, chunk_size=chunk_size, enough=enough if rank == "auto" else None
     )
@@ -251,6 +254,11 @@ def _check_sketch_options(
     check_choice(test, "test", _TESTS)
     check_count(max_rank, "max_rank")
     check_count(chunk_size, "chunk_size", optional=True)
+    if test == "orthonormal" and chunk_size is not None:
+        raise ValueError(
+            "test must not be 'orthonormal' with a chunk_size: its vectors are all in memory; use "
+            "'gaussian'"
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}"

@@ -1,4 +1,4 @@
-"""The test matrix Ω of a sketch: random coordinates or Gaussian vectors."""
+"""The test matrix Ω of a sketch: random coordinates, Gaussian or orthonormal vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypergrad.tree import Tree
 
 
 class Probes(ABC):
-    """k vectors ω_j with the structure of a given one; none is kept in memory."""
+    """k vectors ω_j with the structure of a given one."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -103,6 +103,32 @@ class Gaussian(Probes):
         return tr.random_normal_like(wide, torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class Orthonormal(Probes):
+    """Orthonormal vectors, kept in memory.
+
+    Attributes:
+        block: the vectors.
+    """
+
+    block: Tree
+
+    def __len__(self) -> int:
+        return bl.width(self.block)
+
+    def part(self, start: int, stop: int) -> Probes:
+        return Orthonormal(tr.map_leaves(lambda leaf: leaf[start:stop], self.block))
+
+    def blocks(self, size: int) -> Iterator[Tree]:
+        return bl.chunks(self.block, size)
+
+    def dots(self, block: Tree) -> Tensor:
+        return bl.gram(block, self.block)
+
+    def combine(self, coefficients: Tensor) -> Tree:
+        return bl.combine(self.block, coefficients)
+
+
 def draw_coordinates(
     like: Tree, k: int, generator: torch.Generator | None, *, shuffled: bool
 ) -> Coordinates:
@@ -127,3 +153,9 @@ def draw_gaussian(like: Tree, k: int, generator: torch.Generator | None) -> Gaus
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**62, (k,), generator=generator, device=device)
     return Gaussian(tr.detach(like), tuple(seeds.tolist()))
+
+
+def draw_orthonormal(like: Tree, k: int, generator: torch.Generator | None) -> Orthonormal:
+    """An orthonormal basis of the span of k independent standard normal vectors."""
+    (gaussian,) = draw_gaussian(like, k, generator).blocks(k)
+    return Orthonormal(bl.orthonormal(gaussian, 0.0)[0])
