@@ -139,6 +139,23 @@ def test_forward_mode() -> None:
     assert gradcheck(fit, (c.requires_grad_(),), check_forward_ad=True, atol=1e-4)
 
 
+def test_leaves_of_different_dtypes() -> None:
+    @hg.argmin(lambda w, c: 0.5 * (c[0] * w[0] ** 2 + c[1] * w[1] ** 2).sum() - w[0] - w[1])
+    def fit(c: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return 1.0 / c[0], 1.0 / c[1]
+
+    c = (
+        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+        torch.tensor(4.0, dtype=torch.float32, requires_grad=True),
+    )
+    w = fit(c)
+    first = torch.autograd.grad(w[0] + w[1], c, create_graph=True)
+    assert [t.item() for t in first] == pytest.approx([-1 / 4, -1 / 16], rel=1e-5)
+    assert [t.dtype for t in first] == [torch.float64, torch.float32]
+    second = torch.autograd.grad(first[0] + first[1], c)
+    assert [t.item() for t in second] == pytest.approx([2 / 8, 2 / 64], rel=1e-5)
+
+
 def test_vmap_over_data_as_well() -> None:
     fit = DECORATED["argmin-cg"]
     xs = torch.stack([X, X.flip(0), 2 * X])

@@ -128,7 +128,9 @@ def _bilinear(ctx: Any, v: Tensors, w: Tensors) -> Callable[[Tensors], Tensor]:
 
 def inner(left: Tensors, right: Tensors) -> Tensor:
     """``⟨left, right⟩``."""
-    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+    # Added one by one, which promotes dtypes where leaves differ.
+    terms = [(a * b).sum() for a, b in zip(left, right, strict=True)]
+    return sum(terms[1:], terms[0])
 
 
 def leading(
