@@ -105,6 +105,7 @@ def print_convergence(convergences: list[Convergence]) -> None:
     """Print the tables of work and time to an error, and what became of the goals."""
     print("\n## Work and time to a relative error of the hypergradient, on the digits\n")
     print("Products with the operator and milliseconds, at the smallest budget that reaches it.")
+    print("The reference is Dense, for as many products as there are parameters.")
     for convergence in convergences:
         print(f"\n{convergence.name}:\n")
         print(f"| solver | {' | '.join(f'{target:g}' for target in TARGETS)} |")

@@ -107,11 +107,16 @@ def _makers(problem: Problem, ranks: tuple[int, ...]) -> dict[str, Make]:
         problem, earlier, hg.JacobiPreconditioner(10, refresh="never", generator=_seeded())
     )
     makers["MINRES"] = lambda k: hg.MINRES(rtol=0.0, maxiter=k)
+    makers["BlockCG"] = lambda k: hg.BlockCG(rtol=0.0, maxiter=k)
+    makers["NormalCG"] = lambda k: hg.NormalCG(rtol=0.0, maxiter=k)
     makers["GMRES(100)"] = lambda k: hg.GMRES(rtol=0.0, maxiter=k, restart=100)
     makers["FixedPoint (Anderson 5)"] = lambda k: hg.FixedPoint(
         rtol=0.0, maxiter=k, step=1.0 / largest
     )
     makers["Neumann"] = lambda k: hg.Neumann(terms=k, step=1.0 / largest, rtol=0.0)
+    makers["StochasticNeumann"] = lambda k: hg.StochasticNeumann(terms=k, step=1.0 / largest)
+    makers["SGDSolve"] = lambda k: hg.SGDSolve(steps=k, step=1.0 / largest, average=False)
+    makers["Identity"] = lambda k: hg.Identity(1.0 / largest)
     # Its budget is the rank, and its ρ the smallest curvature there can be.
     lowest = problem.damping + min(float(t.exp().min()) for t in problem.hparams.values())
     size = sum(t.numel() for t in problem.params.values())
