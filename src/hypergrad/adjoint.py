@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.conditions import Conditions, Tensors, gradient
+from hypergrad.conditions import Conditions, Tensors, partial_gradient
 from hypergrad.operators import LinearOperator, Transposed
 
 
@@ -59,10 +59,10 @@ class Adjoint(torch.autograd.Function):
         if any(needed):
             # w ↦ ⟨Aᵀ v, w⟩ is linear: dAᵀ v is the derivative in w of its slope along the tangents.
             def slope(w: Tensors) -> Tensor:
-                parts = gradient(_bilinear(ctx, v, w), saved, needed)
+                parts = partial_gradient(_bilinear(ctx, v, w), saved, needed)
                 return inner(parts, [tangent for tangent in moving if tangent is not None])
 
-            change = gradient(slope, [torch.zeros_like(x) for x in v])
+            change = partial_gradient(slope, [torch.zeros_like(x) for x in v])
             rhs = [a - b for a, b in zip(rhs, change, strict=True)]
         return Adjoint.apply(ctx.conditions, count, ctx.transposed, ctx.columns, *saved, *rhs)
 
@@ -76,7 +76,7 @@ class Adjoint(torch.autograd.Function):
         needed = ctx.needs_input_grad[4 : -ctx.count]
         grads: list[Tensor | None] = [None] * len(needed)
         if any(needed):
-            given = iter(gradient(_bilinear(ctx, v, w), saved, needed))
+            given = iter(partial_gradient(_bilinear(ctx, v, w), saved, needed))
             grads = [-next(given) if need else None for need in needed]
         return None, None, None, None, *grads, *w
 
@@ -118,8 +118,10 @@ def _bilinear(ctx: Any, v: Tensors, w: Tensors) -> Callable[[Tensors], Tensor]:
         params, tensors = both[: ctx.count], both[ctx.count :]
 
         def product(a: Tensors, b: Tensors) -> Tensor:
-            pulled = gradient(lambda p: inner(ctx.conditions.optimality(p, tensors), a), params)
-            return inner(pulled, b)
+            def slope(some: Tensors) -> Tensor:
+                return inner(ctx.conditions.optimality(some, tensors), a)
+
+            return inner(partial_gradient(slope, params), b)
 
         return torch.stack([product(a, b) for a, b in pairs]).sum()
 

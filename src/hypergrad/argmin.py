@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import optree
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 from hypergrad import tree as tr
 from hypergrad.checks import (
     check_choice,
+    check_no_module,
     check_number,
     check_objective,
     check_structure,
@@ -87,7 +88,7 @@ def argmin(
         tensor(-1.1250)
     """
     check_objective(inner, "inner", "(params, hparams, *args)")
-    check_choice(mode, "mode", ("auto", "reverse", "forward", "finite-difference"))
+    check_choice(mode, "mode", get_args(Mode))
 
     def conditions(function: Condition) -> Conditions:
         return Minimum(function, solver, damping, on_failure, warm_start, mode=mode)
@@ -211,7 +212,7 @@ def _decorator(
             "GMRES, NormalCG or FixedPoint, or say symmetric=True where the Jacobian is symmetric"
         )
     check_number(damping, "damping", at_least=0.0)
-    check_choice(on_failure, "on_failure", ("warn", "raise", "ignore"))
+    check_choice(on_failure, "on_failure", get_args(OnFailure))
 
     def decorate(fit: Fit) -> Fit:
         if not callable(fit):
@@ -220,8 +221,10 @@ def _decorator(
         @functools.wraps(fit)
         def differentiable(hparams: Tree, *args: Any, **options: Any) -> Any:
             arguments: Tree = (hparams, *args)
-            _refuse_modules(arguments)
             leaves, structure = optree.tree_flatten(arguments)
+            # A module's parameters would be constants, and their gradients missing in silence.
+            for leaf in leaves:
+                check_no_module(leaf, "hparams and args")
             with torch.enable_grad():
                 found = fit(*_detached(arguments), **options)
             params, aux = found if has_aux else (found, None)
@@ -252,16 +255,6 @@ def _decorator(
         return differentiable
 
     return decorate
-
-
-def _refuse_modules(arguments: Tree) -> None:
-    """A module's parameters would be constants, and their gradients missing in silence."""
-    for leaf in optree.tree_leaves(arguments):
-        if isinstance(leaf, torch.nn.Module):
-            raise TypeError(
-                f"hparams and args must be trees of tensors, got the module {type(leaf).__name__}; "
-                "pass dict(module.named_parameters())"
-            )
 
 
 def _detached(tree: Any) -> Any:

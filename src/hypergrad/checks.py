@@ -30,11 +30,7 @@ def check_tree(tree: Tree, name: str) -> None:
         TypeError: a leaf is no tensor, or an integer, boolean or complex one.
         ValueError: there is no leaf, no leaf has an element, or one tensor stands in two places.
     """
-    if isinstance(tree, torch.nn.Module):
-        raise TypeError(
-            f"{name} must be a tree of tensors, got the module {type(tree).__name__}; "
-            "pass dict(module.named_parameters())"
-        )
+    check_no_module(tree, name)
     paths, found, _ = optree.tree_flatten_with_path(tree)
     seen: dict[int, str] = {}
     for path, leaf in zip(paths, found, strict=True):
@@ -55,6 +51,15 @@ def check_tree(tree: Tree, name: str) -> None:
         raise ValueError(f"{name} must hold at least one tensor, got {tree!r}")
     if tr.size(tree) == 0:
         raise ValueError(f"{name} must hold at least one element, got only tensors of size 0")
+
+
+def check_no_module(value: Any, name: str) -> None:
+    """Raise ``TypeError`` if a module was given for the tree of its parameters."""
+    if isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a tree of tensors, got the module {type(value).__name__}; "
+            "pass dict(module.named_parameters())"
+        )
 
 
 def check_like(tree: Tree, reference: Tree, name: str, reference_name: str) -> None:

@@ -15,7 +15,7 @@ from hypergrad import tree as tr
 from hypergrad.evaluation import filled, leaving_no_trace
 from hypergrad.implicit import OnFailure, report_failure
 from hypergrad.linsolve import BlockCG, LinearSolver, Solution
-from hypergrad.operators import Damped, Hessian, LinearOperator, Mode, Root, hessian
+from hypergrad.operators import Hessian, LinearOperator, Mode, Root, damped, hessian
 from hypergrad.operators.kept_graph import check_differentiable
 
 Tensors = Sequence[Tensor]
@@ -70,8 +70,7 @@ class Conditions(ABC):
         """``(A + λI)⁻¹ rhs`` for the operator A, or its transpose."""
         held = self.warm_start if warm else None
         x0 = None if held is None else _usable(held.x, rhs)
-        system = Damped(operator, self.damping) if self.damping > 0.0 else operator
-        solution = self.solver.solve(system, list(rhs), x0=x0)
+        solution = self.solver.solve(damped(operator, self.damping), list(rhs), x0=x0)
         report_failure(self.solver, solution, self.on_failure)
         if held is not None:
             held.x, held.solution = solution.x, solution
@@ -82,8 +81,7 @@ class Conditions(ABC):
         if not isinstance(self.solver, BlockCG):
             solved = [self.solve(operator, u, warm=False) for u in bl.unstack(list(rhs))]
             return bl.stack(solved)
-        system = Damped(operator, self.damping) if self.damping > 0.0 else operator
-        block = self.solver.solve_block(system, list(rhs))
+        block = self.solver.solve_block(damped(operator, self.damping), list(rhs))
         worst = float(block.relative_residuals.max())
         receipt = Solution(block.x, block.status, block.iterations, block.matvecs, worst)
         report_failure(self.solver, receipt, self.on_failure)
@@ -119,7 +117,7 @@ class Minimum(Conditions):
 
     def optimality(self, params: Tensors, tensors: Tensors) -> Tensors:
         """The gradient of f."""
-        return gradient(lambda some: self.function(some, tensors), params)
+        return partial_gradient(lambda some: self.function(some, tensors), params)
 
     def batched(self, dims: Sequence[int | None]) -> Conditions:
         """The sum of f over the problems: its Hessian is block-diagonal."""
@@ -152,7 +150,7 @@ class Zero(Conditions):
         return replace(self, function=torch.func.vmap(self.function, in_dims=(0, list(dims))))
 
 
-def gradient(
+def partial_gradient(
     function: Callable[[Tensors], Tensor], tensors: Tensors, needed: Sequence[bool] | None = None
 ) -> list[Tensor]:
     """The partial derivatives of a scalar function in the tensors that are needed, with a graph.

@@ -23,6 +23,7 @@ from hypergrad.linsolve import (
     NystromPreconditioner,
     Status,
     extreme_eigenvalues,
+    sufficient_damping,
 )
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Damped, Hessian, Mode, hessian
@@ -156,7 +157,7 @@ def _curvature_findings(ends: Extremes) -> list[Finding]:
 def _needed_damping(ends: Extremes) -> float:
     trouble = _curvature_findings(ends)
     if Finding.NEGATIVE_CURVATURE in trouble or Finding.SINGULAR in trouble:
-        return max(0.0, ends.smallest_error - ends.smallest) + (1e-2 * ends.magnitude or 1.0)
+        return sufficient_damping(ends)
     return 0.0
 
 

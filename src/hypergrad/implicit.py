@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
@@ -34,7 +34,7 @@ from hypergrad.linsolve import (
 )
 from hypergrad.linsolve.base import residual_norm
 from hypergrad.minibatch import value_and_gradients
-from hypergrad.operators import Damped, Hessian, LinearOperator, Mode, hessian
+from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
 from hypergrad.tree import Tree
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
@@ -149,7 +149,7 @@ def hypergradient(
         check_number(mu, "mu", above=0.0)
     if x0 is not None:
         check_like(x0, params, "x0", "params")
-    check_choice(on_failure, "on_failure", ("warn", "raise", "ignore"))
+    check_choice(on_failure, "on_failure", get_args(OnFailure))
 
     with torch.inference_mode(False), torch.no_grad():
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
@@ -158,9 +158,9 @@ def hypergradient(
         operator = exact if curvature is None else _operator(curvature, params, hparams)
         if damping == "auto":
             solution, damping = solve_raising_damping(solver, operator, rhs, x0=x0)
-            operator = _damped(operator, damping)
+            operator = damped(operator, damping)
         else:
-            operator = _damped(operator, damping)
+            operator = damped(operator, damping)
             solution = solver.solve(operator, rhs, x0=x0)
         grads = tr.subtract(direct, exact.vjp_outer(solution.x))
     result = Hypergradient(
@@ -218,10 +218,6 @@ def _operator(
         )
     check_structure(operator.like, params, "the vectors of curvature's operator", "params")
     return operator
-
-
-def _damped(operator: LinearOperator, damping: float) -> LinearOperator:
-    return Damped(operator, damping) if damping > 0.0 else operator
 
 
 def _certify(

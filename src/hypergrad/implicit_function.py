@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad.adjoint import Adjoint, inner, leading
-from hypergrad.conditions import Conditions, Tensors, gradient, inside_a_transform
+from hypergrad.conditions import Conditions, Tensors, inside_a_transform, partial_gradient
 
 
 def needs_graph(tensors: Tensors) -> bool:
@@ -55,10 +55,13 @@ class _Solution(torch.autograd.Function):
 
         # u ↦ Bᵀ u is linear, and the derivative of ⟨Bᵀ u, φ̇⟩ in u is B φ̇.
         def pulled(u: Tensors) -> Tensor:
-            parts = gradient(lambda t: inner(conditions.optimality(params, t), u), tensors, needed)
+            def slope(some: Tensors) -> Tensor:
+                return inner(conditions.optimality(params, some), u)
+
+            parts = partial_gradient(slope, tensors, needed)
             return inner(parts, [tangent for tangent in moving if tangent is not None])
 
-        slope = gradient(pulled, [torch.zeros_like(p) for p in params])
+        slope = partial_gradient(pulled, [torch.zeros_like(p) for p in params])
         return tuple(
             -x for x in Adjoint.apply(conditions, count, True, False, *params, *tensors, *slope)
         )
@@ -70,7 +73,7 @@ class _Solution(torch.autograd.Function):
         needed = ctx.needs_input_grad[2 + count :]
         if _differentiated_again():
             v = Adjoint.apply(ctx.conditions, count, False, False, *params, *tensors, *cotangents)
-            grads = gradient(
+            grads = partial_gradient(
                 lambda some: inner(ctx.conditions.optimality(params, some), v), tensors, needed
             )
         else:

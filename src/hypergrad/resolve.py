@@ -37,7 +37,7 @@ def directional_derivative(
         direction: u, like ``hparams``.
         mode: how Hessian products are computed.
     """
-    largest = max(float(leaf.detach().abs().max()) for leaf in tr.leaves(hparams) if leaf.numel())
+    largest = tr.largest(tr.detach(hparams))
     epsilon = max(tr.epsilon(params), tr.epsilon(hparams)) ** (1 / 3) * (1.0 + largest)
     values = []
     for sign in (1.0, -1.0):

@@ -121,10 +121,15 @@ def norm(x: Tree) -> float:
     """``‖x‖₂``, accumulated in float64 where the device has it; no square under- or overflows."""
     total = _sum_of_squares(x, 1.0)
     if total in (0.0, math.inf):
-        peak = max((float(leaf.abs().max()) for leaf in leaves(x) if leaf.numel()), default=0.0)
+        peak = largest(x)
         if 0.0 < peak < math.inf:
             return peak * math.sqrt(_sum_of_squares(x, peak))
     return math.sqrt(total)
+
+
+def largest(x: Tree) -> float:
+    """``max_i |x_i|``."""
+    return max((float(leaf.abs().max()) for leaf in leaves(x) if leaf.numel()), default=0.0)
 
 
 def to_floats(*scalars: Tensor) -> list[float]:

@@ -1,6 +1,6 @@
 """Linear solvers for maps on trees. Nothing here knows what a loss is."""
 
-from hypergrad.linsolve.auto_damping import solve_raising_damping
+from hypergrad.linsolve.auto_damping import solve_raising_damping, sufficient_damping
 from hypergrad.linsolve.base import LinearSolver
 from hypergrad.linsolve.block_cg import BlockCG, BlockSolution
 from hypergrad.linsolve.cg import CG
@@ -44,4 +44,5 @@ __all__ = [
     "StochasticNeumann",
     "extreme_eigenvalues",
     "solve_raising_damping",
+    "sufficient_damping",
 ]

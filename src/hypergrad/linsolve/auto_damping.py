@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from hypergrad.linsolve.base import LinearSolver
-from hypergrad.linsolve.lanczos import extreme_eigenvalues
+from hypergrad.linsolve.lanczos import Extremes, extreme_eigenvalues
 from hypergrad.linsolve.solution import Solution, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.operators.damped import Damped
@@ -21,13 +21,20 @@ _GROWTH = 4.0
 _MAX_RAISES = 10
 
 
+def sufficient_damping(ends: Extremes) -> float:
+    """``−λ_min + 0.01 max|λ|``: more than the negative end of a spectrum, by its estimate."""
+    lowest = min(ends.smallest - ends.smallest_error, 0.0)
+    # A = 0 has no scale of its own.
+    return -lowest + (_BEYOND * ends.magnitude or 1.0)
+
+
 def solve_raising_damping(
     solver: LinearSolver, operator: LinearOperator, rhs: Tree, *, x0: Tree | None = None
 ) -> tuple[Solution, float]:
     """Solve ``(A + λI) x = b`` with the least λ of a short list for which the solve goes well.
 
     λ is 0 if the plain solve meets neither negative nor no curvature. Otherwise it starts at
-    ``−λ_min + 0.01 max|λ|``, by a Lanczos estimate of both, and grows by a factor of 4.
+    :func:`sufficient_damping`, by a Lanczos estimate, and grows by a factor of 4.
 
     Args:
         solver: how to solve.
@@ -45,9 +52,7 @@ def solve_raising_damping(
     if not math.isfinite(ends.magnitude):
         return solution, 0.0
     matvecs = solution.matvecs + ends.matvecs
-    lowest = min(ends.smallest - ends.smallest_error, 0.0)
-    # A = 0 has no scale of its own.
-    damping = -lowest + (_BEYOND * ends.magnitude or 1.0)
+    damping = sufficient_damping(ends)
     for _ in range(_MAX_RAISES):
         solution = solver.solve(Damped(operator, damping), rhs, x0=x0)
         matvecs += solution.matvecs

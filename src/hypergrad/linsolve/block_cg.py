@@ -103,16 +103,15 @@ class BlockCG(LinearSolver):
         return BlockSolution(X, status, iterations, counted.matvecs, residuals)
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
-        block = tr.map_leaves(lambda leaf: leaf.unsqueeze(0), rhs)
-        X, status, iterations, residuals = self._solve(operator, block)
-        x = tr.map_leaves(lambda leaf: leaf[0], X)
+        X, status, iterations, residuals = self._solve(operator, bl.stack([rhs]))
+        (x,) = bl.unstack(X)
         return Outcome(x, status, iterations, float(residuals[0]))
 
     def _solve(self, operator: LinearOperator, B: Tree) -> tuple[Tree, Status, int, Tensor]:
         """X, status, iterations and relative residuals, for columns of norm 1 or 0."""
         maxiter = self.maxiter or 10 * tr.size(operator.like)
         X, R = tr.zeros_like(B), B
-        norms = best = bl.norms(B)
+        norms = previous = bl.norms(B)
         iterations = 0
         while bool((norms > self.rtol).any()):
             if iterations >= maxiter:
@@ -131,9 +130,9 @@ class BlockCG(LinearSolver):
             if status is not None:
                 return X, status, iterations, norms
             # As in refine(): a cycle that did not halve the residual shows rounding.
-            if float(measured.max()) > 0.5 * float(best.max()) and iterations < maxiter:
+            if float(measured.max()) > 0.5 * float(previous.max()) and iterations < maxiter:
                 return X, Status.STAGNATED, iterations, norms
-            best = measured
+            previous = measured
         return X, Status.CONVERGED, iterations, norms
 
     # The letters of Dubrulle's BCGrQ. With rows for vectors, as blocks are stored, R = C Q with an
@@ -152,8 +151,9 @@ class BlockCG(LinearSolver):
             if not torch.isfinite(curvature).all():
                 return X, Status.NON_FINITE, iteration
             curvature = (curvature + curvature.T) / 2
-            smallest = float(torch.linalg.eigvalsh(_normalised(curvature, bl.gram(S, S)))[0])
-            largest = max(largest, float((curvature.diagonal() / bl.norms(S) ** 2).max()))
+            gram = bl.gram(S, S)
+            smallest = float(torch.linalg.eigvalsh(_normalised(curvature, gram))[0])
+            largest = max(largest, float((curvature.diagonal() / gram.diagonal()).max()))
             if smallest <= epsilon * largest:
                 negative = smallest < -epsilon * largest and operator.lower_bound < 0.0
                 status = Status.NEGATIVE_CURVATURE if negative else Status.BREAKDOWN

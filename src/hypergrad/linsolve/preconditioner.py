@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import optree
 import torch
@@ -39,7 +39,7 @@ class Preconditioner(ABC):
     """
 
     def __init__(self, *, refresh: Refresh = "auto", growth: float = 1.5) -> None:
-        check_choice(refresh, "refresh", ("auto", "always", "never"))
+        check_choice(refresh, "refresh", get_args(Refresh))
         check_number(growth, "growth", at_least=1.0)
         self._refresh = refresh
         self._growth = growth

@@ -149,7 +149,7 @@ def draw_coordinates(
 
 
 def draw_gaussian(like: Tree, k: int, generator: torch.Generator | None) -> Gaussian:
-    """K independent standard normal vectors."""
+    """``k`` independent standard normal vectors."""
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**62, (k,), generator=generator, device=device)
     return Gaussian(tr.detach(like), tuple(seeds.tolist()))

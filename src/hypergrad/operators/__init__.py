@@ -2,7 +2,7 @@
 
 from hypergrad.operators.auto import Mode, hessian
 from hypergrad.operators.base import LinearOperator, SymmetricOperator
-from hypergrad.operators.damped import Damped
+from hypergrad.operators.damped import Damped, damped
 from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
 from hypergrad.operators.gauss_newton import EmpiricalFisher, GaussNewton
@@ -27,5 +27,6 @@ __all__ = [
     "Root",
     "SymmetricOperator",
     "Transposed",
+    "damped",
     "hessian",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from hypergrad.checks import check_choice
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
@@ -44,7 +44,7 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
         >>> H.matvec(torch.tensor([1.0, 2.0]))
         tensor([ 6., 12.])
     """
-    check_choice(mode, "mode", ("auto", "reverse", "forward", "finite-difference"))
+    check_choice(mode, "mode", get_args(Mode))
     if isinstance(inner, Averaged):
         return AveragedHessian(inner, params, hparams, _MODES[mode])
     if isinstance(inner, Sampled):

@@ -8,6 +8,11 @@ from hypergrad.operators.base import LinearOperator, WrappedOperator
 from hypergrad.tree import Tree
 
 
+def damped(operator: LinearOperator, damping: float) -> LinearOperator:
+    """``A + λ I``; A itself where λ is 0."""
+    return Damped(operator, damping) if damping > 0.0 else operator
+
+
 class Damped(WrappedOperator):
     """The map ``v ↦ A v + λ v``, which moves every eigenvalue of A up by λ.
 

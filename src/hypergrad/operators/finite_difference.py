@@ -20,9 +20,7 @@ class FiniteDifferenceHessian(Hessian):
     """
 
     def linearise(self) -> tuple[float, Tree]:
-        largest = max(
-            float(leaf.detach().abs().max()) for leaf in tr.leaves(self._params) if leaf.numel()
-        )
+        largest = tr.largest(tr.detach(self._params))
         self._displacement = tr.epsilon(self._params) ** (1 / 3) * (1 + largest)
         value = self.inner_value(self._params)
         with leaving_no_trace(twice=False):

@@ -11,8 +11,8 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_dependence, check_objective, check_structure, check_tree
 from hypergrad.evaluation import evaluate_outputs, filled, fresh_leaves, leaving_no_trace
 from hypergrad.isolation import RandomState
-from hypergrad.operators.base import LinearOperator, one_by_one
-from hypergrad.operators.kept_graph import check_differentiable, pull_back
+from hypergrad.operators.base import LinearOperator
+from hypergrad.operators.kept_graph import check_differentiable, pull_back, pull_back_block
 from hypergrad.operators.reverse import default_chunk_size
 from hypergrad.tree import Tree
 
@@ -70,25 +70,16 @@ class Jacobian:
 
     def pull_block(self, cotangents: Tree) -> Tree:
         """``JᵀU`` for a block of k cotangents."""
-        narrow = tr.cast_like(cotangents, self.outputs)
-        return self._batched(tr.leaves(self._graph), self.params, narrow)
+        narrow = tr.leaves(tr.cast_like(cotangents, self.outputs))
+        inputs = tr.leaves(self.params)
+        products = pull_back_block(tr.leaves(self._graph), inputs, narrow)
+        return tr.unflatten_like(self.params, products)
 
     def push_block(self, tangents: Tree) -> Tree:
         """``JV`` for a block of k tangents."""
         dummy, transposed = self._linear_transpose()
-        return self._batched(transposed, dummy, tr.cast_like(tangents, self.params))
-
-    def _batched(self, ends: list[Tensor], beginnings: Tree, block: Tree) -> Tree:
-        inputs = tr.leaves(beginnings)
-        products = pull_back(ends, inputs, tr.leaves(block), batched=True)
-        width = len(tr.leaves(block)[0])
-        return tr.unflatten_like(
-            beginnings,
-            [
-                leaf.new_zeros((width, *leaf.shape)) if product is None else product
-                for product, leaf in zip(products, inputs, strict=True)
-            ],
-        )
+        narrow = tr.leaves(tr.cast_like(tangents, self.params))
+        return tr.unflatten_like(dummy, pull_back_block(transposed, tr.leaves(dummy), narrow))
 
     def _linear_transpose(self) -> tuple[Tree, list[Tensor]]:
         """A dummy cotangent u and the graph of ``Jᵀu`` in it."""
@@ -177,4 +168,4 @@ class Root(LinearOperator):
         return self._jacobian.pull(vector, outer=True)
 
     def multiply_chunk(self, block: Tree) -> Tree:
-        return one_by_one(self, block)
+        return tr.cast_like(self._jacobian.pull_block(block), block)

@@ -58,6 +58,42 @@ def pull_back(
         raise DoubleBackwardError(operation) from error
 
 
+def pull_back_block(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
+    """:func:`pull_back` for k cotangents at once, each with a leading dimension k; zeros for none.
+
+    Raises:
+        DoubleBackwardError: an operation on the way has no derivative.
+    """
+    width = len(cotangents[0])
+    if width > 1:
+        try:
+            return _stacked_zeros(
+                pull_back(outputs, inputs, cotangents, batched=True), inputs, width
+            )
+        except DoubleBackwardError:
+            raise
+        except RuntimeError:
+            # Some functions cannot be batched; if it was something else, it shows again below.
+            pass
+    rows = [pull_back(outputs, inputs, [part[i] for part in cotangents]) for i in range(width)]
+    columns = [
+        None if column[0] is None else torch.stack([grad for grad in column if grad is not None])
+        for column in zip(*rows, strict=True)
+    ]
+    return _stacked_zeros(columns, inputs, width)
+
+
+def _stacked_zeros(
+    grads: Sequence[Tensor | None], inputs: Sequence[Tensor], width: int
+) -> list[Tensor]:
+    return [
+        leaf.new_zeros((width, *leaf.shape)) if grad is None else grad
+        for grad, leaf in zip(grads, inputs, strict=True)
+    ]
+
+
 def check_differentiable(
     outputs: Sequence[Tensor], values: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:

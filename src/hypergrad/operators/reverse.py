@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from hypergrad import tree as tr
-from hypergrad.errors import DoubleBackwardError
 from hypergrad.evaluation import filled, leaving_no_trace
-from hypergrad.operators.base import one_by_one
 from hypergrad.operators.hessian import Hessian
-from hypergrad.operators.kept_graph import check_differentiable, pull_back
+from hypergrad.operators.kept_graph import check_differentiable, pull_back, pull_back_block
 from hypergrad.tree import Tree
 
 
@@ -39,31 +33,13 @@ class ReverseHessian(Hessian):
 
     def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
         inputs = self._hparams if outer else self._params
-        return filled(self._products(vector, tr.leaves(inputs), batched=False), inputs)
+        grads = pull_back(tr.leaves(self._graph), tr.leaves(inputs), tr.leaves(vector))
+        return filled(grads, inputs)
 
     def multiply_chunk(self, block: Tree) -> Tree:
-        width = len(tr.leaves(block)[0])
-        inputs = tr.leaves(self._params)
-        if width == 1:
-            return one_by_one(self, block)
-        narrow = tr.cast_like(block, self._params)
-        try:
-            products = self._products(narrow, inputs, batched=True)
-        except DoubleBackwardError:
-            raise
-        except RuntimeError:
-            # Some functions cannot be batched; if it was something else, it shows again here.
-            return one_by_one(self, block)
-        zeros_for_unused = [
-            leaf.new_zeros((width, *leaf.shape)) if product is None else product
-            for product, leaf in zip(products, inputs, strict=True)
-        ]
-        return tr.cast_like(tr.unflatten_like(self._params, zeros_for_unused), block)
-
-    def _products(
-        self, vectors: Tree, inputs: list[Tensor], *, batched: bool
-    ) -> Sequence[Tensor | None]:
-        return pull_back(tr.leaves(self._graph), inputs, tr.leaves(vectors), batched=batched)
+        narrow = tr.leaves(tr.cast_like(block, self._params))
+        products = pull_back_block(tr.leaves(self._graph), tr.leaves(self._params), narrow)
+        return tr.cast_like(tr.unflatten_like(self._params, products), block)
 
 
 def default_chunk_size(params: Tree) -> int:
