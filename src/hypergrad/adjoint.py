@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.conditions import Conditions, Tensors, partial_gradient
+from hypergrad.conditions import Conditions
 from hypergrad.operators import LinearOperator, Transposed
+from hypergrad.partial import Tensors, partial_gradient
 
 
 class Adjoint(torch.autograd.Function):

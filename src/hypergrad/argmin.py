@@ -24,12 +24,13 @@ from hypergrad.checks import (
     check_structure,
     check_tree,
 )
-from hypergrad.conditions import Condition, Conditions, Minimum, Tensors, WarmStart, Zero
+from hypergrad.conditions import Condition, Conditions, Minimum, WarmStart, Zero
 from hypergrad.implicit import OnFailure, check_solver
 from hypergrad.implicit_function import implicit_solution, needs_graph
 from hypergrad.isolation import RandomState
 from hypergrad.linsolve import CG, GMRES, FixedPoint, LinearSolver
 from hypergrad.operators import Mode
+from hypergrad.partial import Tensors
 from hypergrad.tree import Tree
 
 Fit: TypeAlias = Callable[..., Any]

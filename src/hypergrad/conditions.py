@@ -12,13 +12,11 @@ from torch import Tensor
 
 from hypergrad import block as bl
 from hypergrad import tree as tr
-from hypergrad.evaluation import filled, leaving_no_trace
 from hypergrad.implicit import OnFailure, report_failure
 from hypergrad.linsolve import BlockCG, LinearSolver, Solution
 from hypergrad.operators import Hessian, LinearOperator, Mode, Root, damped, hessian
-from hypergrad.operators.kept_graph import check_differentiable
+from hypergrad.partial import Tensors, partial_gradient
 
-Tensors = Sequence[Tensor]
 Condition = Callable[[Tensors, Tensors], Any]
 """A function of the leaves of θ and of the tensors of φ: an objective, or the value of F."""
 
@@ -148,44 +146,6 @@ class Zero(Conditions):
     def batched(self, dims: Sequence[int | None]) -> Conditions:
         """F of every problem."""
         return replace(self, function=torch.func.vmap(self.function, in_dims=(0, list(dims))))
-
-
-def partial_gradient(
-    function: Callable[[Tensors], Tensor], tensors: Tensors, needed: Sequence[bool] | None = None
-) -> list[Tensor]:
-    """The partial derivatives of a scalar function in the tensors that are needed, with a graph.
-
-    What else in the function hangs on the same tensors is held fixed.
-
-    Raises:
-        DoubleBackwardError: an operation cuts the graph.
-    """
-    needed = [True] * len(tensors) if needed is None else needed
-    places = [i for i, need in enumerate(needed) if need]
-
-    def of_needed(some: Tensors) -> Tensor:
-        merged = list(tensors)
-        for i, tensor in zip(places, some, strict=True):
-            merged[i] = tensor
-        return function(merged)
-
-    at = [tensors[i] for i in places]
-    with leaving_no_trace(twice=True):
-        if inside_a_transform():
-            return list(torch.func.grad(of_needed)(at))
-        # A view is a tensor of its own: other ways to the tensor do not pass through it.
-        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in at]
-        value = of_needed(views)
-        if not value.requires_grad:
-            return [torch.zeros_like(t) for t in views]
-        grads = torch.autograd.grad(value, views, create_graph=True, allow_unused=True)
-        check_differentiable([grad for grad in grads if grad is not None], [value], views)
-        return list(filled(grads, views))
-
-
-def inside_a_transform() -> bool:
-    """Whether ``torch.func`` is at work: vmap, grad and the like."""
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _usable(x: list[Tensor] | None, rhs: Tensors) -> list[Tensor] | None:

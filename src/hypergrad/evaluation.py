@@ -109,12 +109,16 @@ def fresh_leaves(tree: Tree) -> Tree:
 
 
 def gradient(value: Tensor, inputs: Tree, *, create_graph: bool = False) -> list[Tensor | None]:
-    """``∂value/∂inputs`` leaf by leaf, ``None`` where ``value`` does not depend on a leaf."""
-    if not value.requires_grad:
-        return [None] * len(tr.leaves(inputs))
-    return list(
-        torch.autograd.grad(value, tr.leaves(inputs), create_graph=create_graph, allow_unused=True)
-    )
+    """``∂value/∂inputs`` leaf by leaf.
+
+    ``None`` where ``value`` does not depend on a leaf or a leaf requires no gradient.
+    """
+    every = tr.leaves(inputs)
+    asked = [leaf for leaf in every if leaf.requires_grad]
+    if not (value.requires_grad and asked):
+        return [None] * len(every)
+    found = iter(torch.autograd.grad(value, asked, create_graph=create_graph, allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in every]
 
 
 def filled(gradients: Sequence[Tensor | None], like: Tree) -> Tree:

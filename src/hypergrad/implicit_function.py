@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad.adjoint import Adjoint, inner, leading
-from hypergrad.conditions import Conditions, Tensors, inside_a_transform, partial_gradient
+from hypergrad.conditions import Conditions
+from hypergrad.partial import Tensors, inside_a_transform, partial_gradient
 
 
 def needs_graph(tensors: Tensors) -> bool:

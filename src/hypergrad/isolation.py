@@ -1,18 +1,20 @@
 """What an objective may change while it runs, and how it is kept from the caller.
 
 The random state is replayed, so that every evaluation sees the same dropout masks, and put back.
-Module buffers (batch-norm statistics, spectral-norm vectors) are copies while a module runs.
+Module buffers (batch-norm statistics, spectral-norm vectors) are copies while a module runs, and
+carried from one evaluation to the next where these are the steps of a training run.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hypergrad import tree as tr
 from hypergrad.tree import Tree
@@ -25,6 +27,7 @@ class RandomState:
         devices = {leaf.device for tree in trees for leaf in tr.leaves(tree)}
         self._devices = [torch.device("cpu"), *(d for d in devices if d.type not in _STATELESS)]
         self._states = self._current()
+        self._after = self._states
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -34,12 +37,13 @@ class RandomState:
         try:
             yield
         finally:
+            self._after = self._current()
             self._restore(callers)
 
     def advance(self) -> None:
-        """Move the random state of every device on by one draw."""
-        for device in self._devices:
-            torch.rand((), device=device)
+        """Move on to where the last replay ended, as if it had not been a replay."""
+        self._restore(self._after)
+        self._after = self._states
 
     def _current(self) -> list[Tensor]:
         return [_random_module(d).get_rng_state(*_index(d)) for d in self._devices]
@@ -47,6 +51,48 @@ class RandomState:
     def _restore(self, states: list[Tensor]) -> None:
         for device, state in zip(self._devices, states, strict=True):
             _random_module(device).set_rng_state(state, *_index(device))
+
+
+class Buffers:
+    """The buffers of whatever modules run inside :meth:`carried`, as the last run left them.
+
+    They are known by the tensors that the modules hold, which stay as they are until
+    :meth:`give_back`. A buffer that carries a graph is an argument of the caller's, not carried.
+    """
+
+    def __init__(self, values: MutableMapping[Tensor, Tensor] | None = None) -> None:
+        # Weak: an objective may make tensors of its own and pass them as buffers.
+        self._values: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary(values)
+
+    @contextmanager
+    def carried(self) -> Iterator[None]:
+        """Modules start from the values kept here and leave theirs here."""
+        outside = _this_thread.carried
+        _this_thread.carried = self
+        try:
+            with isolated_buffers():
+                yield
+        finally:
+            _this_thread.carried = outside
+
+    def copy(self) -> Buffers:
+        """The same values, to be carried on from here once more."""
+        return Buffers(self._values)
+
+    def give_back(self) -> None:
+        """Write the values into the tensors that the modules hold."""
+        with torch.no_grad():
+            for original, value in self._values.items():
+                original.copy_(value)
+
+    def start(self, original: Tensor) -> Tensor:
+        """The value to run on in place of a module's buffer, to be cloned."""
+        return original if original.requires_grad else self._values.get(original, original)
+
+    def leave(self, original: Tensor, value: Tensor | None) -> None:
+        """Keep what a run made of a buffer."""
+        if value is not None and not original.requires_grad:
+            self._values[original] = value.detach()
 
 
 @contextmanager
@@ -71,6 +117,7 @@ def isolated_buffers() -> Iterator[None]:
 class _ThreadState(threading.local):
     isolating = False
     inside_a_module = False
+    carried: Buffers | None = None
 
 
 _this_thread = _ThreadState()
@@ -104,17 +151,22 @@ def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _plain_call(module, *args, **kwargs)
     if not _this_thread.isolating or _this_thread.inside_a_module:
         return _plain_call(module, *args, **kwargs)
-    originals = _swap_buffers(module)
+    carried = _this_thread.carried
+    originals = _swap_buffers(module, carried)
     _this_thread.inside_a_module = True
     try:
         return _plain_call(module, *args, **kwargs)
     finally:
         _this_thread.inside_a_module = False
         for buffers, key, original in originals:
+            if carried is not None:
+                carried.leave(original, buffers[key])
             buffers[key] = original
 
 
-def _swap_buffers(root: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+def _swap_buffers(
+    root: nn.Module, carried: Buffers | None
+) -> list[tuple[dict[str, Any], str, Tensor]]:
     swapped = []
     copies: dict[int, Tensor] = {}
     for module in root.modules():
@@ -125,7 +177,8 @@ def _swap_buffers(root: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
                 continue
             if id(buffer) not in copies:
                 # Not detached: a buffer may be an outer parameter put there by functional_call.
-                copies[id(buffer)] = buffer.clone()
+                value = buffer if carried is None else carried.start(buffer)
+                copies[id(buffer)] = value.clone()
             swapped.append((module._buffers, key, buffer))
             module._buffers[key] = copies[id(buffer)]
     return swapped

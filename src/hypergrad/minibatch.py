@@ -116,16 +116,27 @@ class Sampled:
 
 
 def value_and_gradients(
-    objective: Objective, params: Tree, hparams: Tree, name: str
+    objective: Objective,
+    params: Tree,
+    hparams: Tree,
+    name: str,
+    random_state: RandomState | None = None,
 ) -> tuple[float, Tree, Tree]:
-    """``g``, ``∂_θ g`` and ``∂_φ g`` at leaves that require gradients; batch by batch if averaged.
+    """``g``, ``∂_θ g`` and ``∂_φ g``, batch by batch if averaged.
+
+    Args:
+        objective: g.
+        params: θ, leaves that require gradients.
+        hparams: φ; zeros for a leaf that requires none.
+        name: what to call the objective in errors.
+        random_state: what to start from; the default is the current state.
 
     Raises:
         TypeError, ValueError: ``g`` is not a finite scalar that depends on ``params``.
     """
+    state = random_state or RandomState(params, hparams)
     if not isinstance(objective, Averaged):
-        return _one_batch(objective, params, hparams, RandomState(params, hparams), name)
-    state = RandomState(params, hparams)
+        return _one_batch(objective, params, hparams, state, name)
     total = 0.0
     value = 0.0
     sums: Tree = None

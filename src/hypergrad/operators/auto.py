@@ -12,7 +12,7 @@ from hypergrad.minibatch import Averaged, Sampled
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
 from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
-from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.reverse import ReverseHessian
 from hypergrad.tree import Tree
 
@@ -66,12 +66,12 @@ class AutoHessian(Hessian):
     def default_chunk_size(self) -> int:
         return self._active.default_chunk_size
 
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
         try:
-            return self._active.differentiate_gradient(vector, outer=outer)
+            return self._active.differentiate_gradient(vector, side)
         except DoubleBackwardError as error:
             self._fall_back(error)
-            return self._active.differentiate_gradient(vector, outer=outer)
+            return self._active.differentiate_gradient(vector, side)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         try:
@@ -90,7 +90,7 @@ class AutoHessian(Hessian):
         self._active = self._in_mode(FiniteDifferenceHessian)
 
     def _in_mode(self, mode: type[Hessian]) -> Hessian:
-        return mode(self._inner, self._params, self._hparams, self._random_state)
+        return mode(self._inner, self._params, self._hparams, self.random_state)
 
 
 _MODES: dict[str, type[Hessian]] = {

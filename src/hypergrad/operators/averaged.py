@@ -8,7 +8,7 @@ from contextlib import closing
 from hypergrad import tree as tr
 from hypergrad.isolation import RandomState
 from hypergrad.minibatch import Averaged, Sampled
-from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.tree import Tree
 
 
@@ -48,8 +48,8 @@ class AveragedHessian(Hessian):
         # One pass over the data is what a block saves, whatever the size of the model.
         return 16
 
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
-        return self._mean_of(lambda part: part.differentiate_gradient(vector, outer=outer))
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+        return self._mean_of(lambda part: part.differentiate_gradient(vector, side))
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return tr.cast_like(self._mean_of(lambda part: part.matmat(block)), block)
@@ -66,7 +66,7 @@ class AveragedHessian(Hessian):
         if self._kept:
             yield from self._kept
             return
-        with self._random_state.replayed():
+        with self.random_state.replayed():
             for weight, objective in self._mean.parts():
                 here = RandomState(self._params, self._hparams)
                 yield weight, self._part(objective, self._params, self._hparams, here)
@@ -98,19 +98,20 @@ class SampledHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 16
 
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
-        return self._next().differentiate_gradient(vector, outer=outer)
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+        return self._next().differentiate_gradient(vector, side)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return self._next().matmat(block)
 
     def _next(self) -> Hessian:
         objective = self._sampled.part()
-        with self._random_state.replayed():
+        with self.random_state.replayed():
             here = RandomState(self._params, self._hparams)
+            part = self._part(objective, self._params, self._hparams, here)
             here.advance()
-            self._random_state = RandomState(self._params, self._hparams)
-        return self._part(objective, self._params, self._hparams, here)
+            self.random_state = RandomState(self._params, self._hparams)
+        return part
 
 
 def _accumulate(total: Tree, addend: Tree, weight: float) -> Tree:

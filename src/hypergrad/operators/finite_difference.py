@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypergrad import tree as tr
 from hypergrad.evaluation import filled, fresh_leaves, gradient, leaving_no_trace
 from hypergrad.operators.base import one_by_one
-from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.tree import Tree
 
 
@@ -30,21 +30,21 @@ class FiniteDifferenceHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 1
 
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
         length = tr.norm(vector)
         if length == 0.0:
-            return tr.zeros_like(self._hparams if outer else self._params)
+            return tr.zeros_like(self.inputs(side))
         step = self._displacement / length
-        ahead = self._gradient_at(step, vector, outer=outer)
-        behind = self._gradient_at(-step, vector, outer=outer)
+        ahead = self._gradient_at(step, vector, side)
+        behind = self._gradient_at(-step, vector, side)
         return tr.divide(tr.subtract(ahead, behind), 2 * step)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return one_by_one(self, block)
 
-    def _gradient_at(self, step: float, vector: Tree, *, outer: bool) -> Tree:
+    def _gradient_at(self, step: float, vector: Tree, side: Side) -> Tree:
         displaced = fresh_leaves(tr.add(tr.detach(self._params), vector, step))
         value = self.inner_value(displaced)
-        inputs = self._hparams if outer else displaced
+        inputs = self.inputs(side, displaced)
         with leaving_no_trace(twice=False):
             return filled(gradient(value, inputs), inputs)

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from hypergrad import tree as tr
 from hypergrad.evaluation import filled, gradient, leaving_no_trace
 from hypergrad.operators.base import one_by_one
-from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.tree import Tree
 
 
@@ -31,17 +31,17 @@ class ForwardHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 1
 
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
         with forward_ad.dual_level(), leaving_no_trace(twice=True):
             dual = tr.map_leaves(forward_ad.make_dual, self._params, vector)
             value = self.inner_value(dual, twice=True)
-            grads = gradient(value, self._hparams if outer else dual)
+            grads = gradient(value, self.inputs(side, dual))
             tangents = [
                 None if grad is None else forward_ad.unpack_dual(grad).tangent for grad in grads
             ]
             # The tangent outlives its level only as a tensor of its own.
             kept = [None if tangent is None else torch.clone(tangent) for tangent in tangents]
-        return filled(kept, self._hparams if outer else self._params)
+        return filled(kept, self.inputs(side))
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return one_by_one(self, block)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from hypergrad.isolation import RandomState
 from hypergrad.operators.base import SymmetricOperator
 from hypergrad.tree import Tree
 
+Side: TypeAlias = Literal["inner", "outer", "both"]
+"""In what the inner gradient is differentiated: θ, φ or both."""
+
 
 class Hessian(SymmetricOperator):
     """``H = ∂²f/∂θ²`` of ``inner`` at ``params``, with the outer side ``v ↦ (∂_φ F)ᵀ v``.
@@ -37,6 +41,7 @@ class Hessian(SymmetricOperator):
     Attributes:
         value: the inner objective ``f(θ, φ)``.
         gradient: the inner gradient ``F = ∇_θ f(θ, φ)``, detached.
+        random_state: where the evaluations of ``inner`` start.
 
     Args:
         inner: ``f(params, hparams)``, a scalar.
@@ -62,7 +67,7 @@ class Hessian(SymmetricOperator):
         self._inner = inner
         self._params = fresh_leaves(params)
         self._hparams = fresh_leaves(hparams)
-        self._random_state = random_state or RandomState(params, hparams)
+        self.random_state = random_state or RandomState(params, hparams)
         self.value, self.gradient = self.linearise()
 
     @property
@@ -78,8 +83,8 @@ class Hessian(SymmetricOperator):
         """Evaluate ``f(θ, φ)`` and ``∇_θ f``, detached; keep what the products need."""
 
     @abstractmethod
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
-        """``(∂_φ F)ᵀ v`` if ``outer``, else ``H v``, for ``vector`` in the dtypes of ``params``.
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+        """``H v``, ``(∂_φ F)ᵀ v`` or the pair of them, for ``vector`` in the dtypes of ``params``.
 
         The result may be in wider dtypes.
         """
@@ -87,7 +92,7 @@ class Hessian(SymmetricOperator):
     def matvec(self, vector: Tree) -> Tree:
         check_structure(vector, self._params, "vector", "params")
         narrow = tr.cast_like(vector, self._params)
-        product = self.differentiate_gradient(narrow, outer=False)
+        product = self.differentiate_gradient(narrow, "inner")
         return tr.cast_like(product, vector)
 
     def vjp_outer(self, vector: Tree) -> Tree:
@@ -97,13 +102,23 @@ class Hessian(SymmetricOperator):
         """
         check_structure(vector, self._params, "vector", "params")
         narrow = tr.cast_like(vector, self._params)
-        return tr.cast_like(self.differentiate_gradient(narrow, outer=True), self._hparams)
+        return tr.cast_like(self.differentiate_gradient(narrow, "outer"), self._hparams)
+
+    def vjp(self, vector: Tree) -> tuple[Tree, Tree]:
+        """``(H v, (∂_φ F)ᵀ v)`` at the cost of one product, in the dtypes of θ and φ."""
+        check_structure(vector, self._params, "vector", "params")
+        narrow = tr.cast_like(vector, self._params)
+        both = self.differentiate_gradient(narrow, "both")
+        return tr.cast_like(both, (self._params, self._hparams))
+
+    def inputs(self, side: Side, params: Tree | None = None) -> Tree:
+        """What to differentiate the gradient in: ``params`` (θ unless given), φ or the pair."""
+        theta = self._params if params is None else params
+        return {"inner": theta, "outer": self._hparams, "both": (theta, self._hparams)}[side]
 
     def inner_value(self, params: Tree, *, twice: bool = False) -> Tensor:
         """``f`` at other ``params`` of the same structure, with its graph."""
-        return evaluate(
-            self._inner, params, self._hparams, self._random_state, "inner", twice=twice
-        )
+        return evaluate(self._inner, params, self._hparams, self.random_state, "inner", twice=twice)
 
     def inner_gradient(self, value: Tensor, *, create_graph: bool = False) -> Tree:
         """``∇_θ f`` of a ``value`` at ``params``; zero for a parameter that ``inner`` leaves out.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.graph import Node
 
 from hypergrad.errors import DoubleBackwardError
 from hypergrad.evaluation import leaving_no_trace
@@ -105,9 +106,13 @@ def check_differentiable(
     Raises:
         DoubleBackwardError: there is such a function between ``values`` and ``inputs``.
     """
-    custom = [node for node in _nodes(values) if isinstance(node, BackwardCFunction)]
+    # What lies before the inputs is not looked at: it may be the graph of a thousand steps.
+    ends = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
+    custom = [node for node in _nodes(values, ends) if isinstance(node, BackwardCFunction)]
     guilty = [node for node in custom if _is_once_differentiable(node) and _leads_to(node, inputs)]
-    if not guilty and any(node.name() == "torch::autograd::Error" for node in _nodes(outputs)):
+    if not guilty and any(
+        node.name() == "torch::autograd::Error" for node in _nodes(outputs, ends)
+    ):
         guilty = custom
         if not guilty:
             raise DoubleBackwardError("a once_differentiable autograd.Function")
@@ -116,7 +121,7 @@ def check_differentiable(
         raise DoubleBackwardError(f"a once_differentiable autograd.Function ({names})")
 
 
-def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
+def _is_once_differentiable(node: Node) -> bool:
     function = getattr(type(node), "_forward_cls", None)
     code = getattr(getattr(function, "backward", None), "__code__", None)
     return code is _ONCE_DIFFERENTIABLE
@@ -126,7 +131,7 @@ def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx, *grads: grads).__code__
 
 
-def _leads_to(node: torch.autograd.graph.Node, inputs: Sequence[Tensor]) -> bool:
+def _leads_to(node: Node, inputs: Sequence[Tensor]) -> bool:
     leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
     ends = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
     return any(
@@ -147,16 +152,17 @@ def _missing_derivative(message: str) -> str | None:
     return None
 
 
-def _nodes(outputs: Sequence[Tensor]) -> set[torch.autograd.graph.Node]:
-    return _reachable([output.grad_fn for output in outputs if output.grad_fn is not None])
+def _nodes(outputs: Sequence[Tensor], ends: Set[Node]) -> set[Node]:
+    return _reachable([output.grad_fn for output in outputs if output.grad_fn is not None], ends)
 
 
-def _reachable(nodes: Sequence[torch.autograd.graph.Node]) -> set[torch.autograd.graph.Node]:
-    found: set[torch.autograd.graph.Node] = set()
+def _reachable(nodes: Sequence[Node], ends: Set[Node] = frozenset()) -> set[Node]:
+    found: set[Node] = set()
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
+            if node not in ends:
+                waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypergrad import tree as tr
 from hypergrad.evaluation import filled, leaving_no_trace
-from hypergrad.operators.hessian import Hessian
+from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.kept_graph import check_differentiable, pull_back, pull_back_block
 from hypergrad.tree import Tree
 
@@ -31,8 +31,8 @@ class ReverseHessian(Hessian):
     def default_chunk_size(self) -> int:
         return default_chunk_size(self._params)
 
-    def differentiate_gradient(self, vector: Tree, *, outer: bool) -> Tree:
-        inputs = self._hparams if outer else self._params
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+        inputs = self.inputs(side)
         grads = pull_back(tr.leaves(self._graph), tr.leaves(inputs), tr.leaves(vector))
         return filled(grads, inputs)
 
