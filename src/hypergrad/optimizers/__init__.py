@@ -1,0 +1,30 @@
+"""Optimisers as pure functions, differentiable in gradients, parameters and hyperparameters.
+
+Each is a frozen dataclass with ``init(params) -> state`` and
+``update(grads, state, params) -> (params, state)``.
+"""
+
+from hypergrad.optimizers.adagrad import Adagrad
+from hypergrad.optimizers.adam import Adam, AdamW
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, Uniform
+from hypergrad.optimizers.from_torch import from_torch
+from hypergrad.optimizers.hyperparameters import Hyperparameter
+from hypergrad.optimizers.legacy import diff_sgd
+from hypergrad.optimizers.rmsprop import RMSprop
+from hypergrad.optimizers.sgd import SGD
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Hyperparameter",
+    "Optimizer",
+    "RMSprop",
+    "Settings",
+    "Slot",
+    "State",
+    "Uniform",
+    "diff_sgd",
+    "from_torch",
+]

@@ -1,0 +1,121 @@
+"""The contract of a differentiable optimiser, and what its hyperparameters may be."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_structure, check_tree
+from hypergrad.optimizers.hyperparameters import leaf_value
+from hypergrad.tree import Tree
+
+Slot: TypeAlias = Mapping[str, Any]
+"""What is remembered of one leaf, under the names of ``torch.optim``."""
+
+Settings: TypeAlias = Mapping[str, Any]
+"""The hyperparameters of one leaf at one step: numbers and tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What an optimiser remembers between steps.
+
+    Attributes:
+        step: how many updates were made, which is what schedules are called with.
+        slots: one for each leaf of the parameters, in the order of their structure.
+    """
+
+    step: int
+    slots: Sequence[Slot]
+
+
+class Optimizer(ABC):
+    """``θ', s' = update(∇f, s, θ)``: an optimiser as a pure, differentiable function.
+
+    Nothing is changed in place. Gradients flow to parameters, state, gradients and every tensor
+    among the hyperparameters.
+    """
+
+    @abstractmethod
+    def init(self, params: Tree) -> State:
+        """The state before the first update."""
+
+    @abstractmethod
+    def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
+        """The hyperparameters of leaf ``index`` at ``step``."""
+
+    @abstractmethod
+    def update_leaf(
+        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
+    ) -> tuple[Tensor, Slot]:
+        """The next value of a leaf, and of what is remembered of it."""
+
+    def settings(self, state: State, params: Tree) -> list[Settings]:
+        """The hyperparameters of the next update, leaf by leaf: a tree of numbers and tensors."""
+        return [
+            self.leaf_settings(state.step, i, slot, params) for i, slot in enumerate(state.slots)
+        ]
+
+    def update(
+        self, grads: Tree, state: State, params: Tree, *, settings: Sequence[Settings] | None = None
+    ) -> tuple[Tree, State]:
+        """One step.
+
+        Args:
+            grads: ``∇_θ f``, in the structure of ``params``.
+            state: from :meth:`init` or the last update.
+            params: θ.
+            settings: hyperparameters to use in place of :meth:`settings` at this state.
+
+        Returns:
+            The next parameters and state, new tensors that depend differentiably on all arguments.
+
+        Raises:
+            ValueError: the trees do not match, or a hyperparameter does not fit a leaf.
+        """
+        check_structure(grads, params, "grads", "params")
+        leaves = tr.leaves(params)
+        if len(state.slots) != len(leaves):
+            raise ValueError(
+                f"state must have one slot for each leaf of params, got {len(state.slots)} for "
+                f"{len(leaves)}; make it with init(params)"
+            )
+        used = self.settings(state, params) if settings is None else settings
+        updated = [
+            self.update_leaf(*parts)
+            for parts in zip(leaves, tr.leaves(grads), state.slots, used, strict=True)
+        ]
+        new_params = tr.unflatten_like(params, [param for param, _ in updated])
+        return new_params, State(state.step + 1, tuple(slot for _, slot in updated))
+
+
+class Uniform(Optimizer):
+    """An optimiser with one rule for all leaves: a frozen dataclass of its hyperparameters."""
+
+    @abstractmethod
+    def new_slot(self, param: Tensor) -> Slot:
+        """What is remembered of a leaf before its first update."""
+
+    def init(self, params: Tree) -> State:
+        """The state before the first update.
+
+        Raises:
+            TypeError, ValueError: ``params`` is no tree of floating-point tensors.
+        """
+        check_tree(params, "params")
+        return State(0, tuple(self.new_slot(leaf) for leaf in tr.leaves(params)))
+
+    def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
+        """The fields, schedules replaced by their values and trees by their leaves."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {
+            name: tuple(leaf_value(part, name, step, index, params) for part in value)
+            if name == "betas"
+            else leaf_value(value, name, step, index, params)
+            for name, value in values.items()
+        }
