@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from hypergrad import linsolve, operators
+from hypergrad import linsolve, operators, optimizers
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.certificate import ErrorBound
 from hypergrad.conditions import WarmStart
@@ -12,6 +12,7 @@ from hypergrad.errors import (
     DoubleBackwardWarning,
     HypergradWarning,
     LinearSolveWarning,
+    NonFiniteError,
 )
 from hypergrad.implicit import Hypergradient, accumulate_grad, hypergradient
 from hypergrad.linsolve import (
@@ -40,6 +41,7 @@ from hypergrad.linsolve import (
 )
 from hypergrad.minibatch import Averaged, Sampled
 from hypergrad.report import Finding, Report
+from hypergrad.unroll import unroll
 
 __version__ = version("hypergrad")
 
@@ -64,6 +66,7 @@ __all__ = [
     "LinearSolveWarning",
     "LinearSolver",
     "Neumann",
+    "NonFiniteError",
     "NormalCG",
     "Nystrom",
     "NystromPreconditioner",
@@ -84,5 +87,7 @@ __all__ = [
     "hypergradient",
     "linsolve",
     "operators",
+    "optimizers",
     "root",
+    "unroll",
 ]

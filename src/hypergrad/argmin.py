@@ -222,30 +222,24 @@ def _decorator(
         @functools.wraps(fit)
         def differentiable(hparams: Tree, *args: Any, **options: Any) -> Any:
             arguments: Tree = (hparams, *args)
-            leaves, structure = optree.tree_flatten(arguments)
             # A module's parameters would be constants, and their gradients missing in silence.
-            for leaf in leaves:
+            for leaf in optree.tree_leaves(arguments):
                 check_no_module(leaf, "hparams and args")
+            tensors, rebuild = tr.split(arguments)
             with torch.enable_grad():
                 found = fit(*_detached(arguments), **options)
             params, aux = found if has_aux else (found, None)
             check_tree(params, "the value of fit")
             solution, space = optree.tree_flatten(params)
             solution = [leaf.detach() for leaf in solution]
-            where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            tensors = [leaves[i] for i in where]
 
             # One state for all evaluations, so that dropout masks are the same in each.
             state = RandomState(solution, tensors)
 
             def flat(flat_params: Tensors, flat_tensors: Tensors) -> Any:
-                merged = list(leaves)
-                for i, tensor in zip(where, flat_tensors, strict=True):
-                    merged[i] = tensor
                 with state.replayed():
                     return function(
-                        optree.tree_unflatten(space, flat_params),
-                        *optree.tree_unflatten(structure, merged),
+                        optree.tree_unflatten(space, flat_params), *rebuild(flat_tensors)
                     )
 
             if needs_graph(tensors):

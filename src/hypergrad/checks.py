@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.errors import NonFiniteError
 from hypergrad.tree import Tree
 
 
@@ -102,7 +103,8 @@ def check_value(value: Any, name: str) -> None:
 
     Raises:
         TypeError: ``value`` is no tensor, or not a floating-point one.
-        ValueError: ``value`` has more than one element, or is infinite or NaN.
+        ValueError: ``value`` has more than one element.
+        NonFiniteError: ``value`` is infinite or NaN.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must return a scalar tensor, got {type(value).__name__}")
@@ -114,7 +116,7 @@ def check_value(value: Any, name: str) -> None:
             "reduce it, for example with .mean()"
         )
     if not math.isfinite(value.item()):
-        raise ValueError(f"{name} must return a finite value, got {value.item()}")
+        raise NonFiniteError(f"{name} must return a finite value, got {value.item()}")
 
 
 def check_dependence(gradients: Sequence[Tensor | None], name: str) -> None:

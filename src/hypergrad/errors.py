@@ -15,6 +15,10 @@ class LinearSolveWarning(HypergradWarning):
     """A linear solve failed, and its best iterate was used all the same."""
 
 
+class NonFiniteError(ValueError):
+    """A value, a gradient or a parameter is infinite or NaN; the message says which, and when."""
+
+
 class DoubleBackwardWarning(HypergradWarning):
     """An operation has no second derivative, and finite differences are used instead."""
 

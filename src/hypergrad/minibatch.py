@@ -75,7 +75,7 @@ class Averaged:
             empty = False
             weight = 1.0 if self.weight is None else float(self.weight(batch))
             check_number(weight, "weight of a batch", above=0.0)
-            yield weight, _bind(self.objective, batch)
+            yield weight, bind(self.objective, batch)
         if empty:
             raise ValueError("batches must hold at least one batch, got none")
 
@@ -112,7 +112,7 @@ class Sampled:
         Raises:
             ValueError: there is no batch.
         """
-        return _bind(self._objective, next(self._stream))
+        return bind(self._objective, next(self._stream))
 
 
 def value_and_gradients(
@@ -164,7 +164,8 @@ def _one_batch(
     return value.item(), filled(grads[:count], params), filled(grads[count:], hparams)
 
 
-def _bind(objective: BatchObjective, batch: Any) -> Objective:
+def bind(objective: BatchObjective, batch: Any) -> Objective:
+    """``f(params, hparams)`` on one batch."""
     return lambda params, hparams: objective(params, hparams, batch)
 
 

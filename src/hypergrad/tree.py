@@ -35,6 +35,23 @@ def unflatten_like(tree: Tree, values: Sequence[Tensor]) -> Tree:
     return optree.tree_unflatten(optree.tree_structure(tree), values)
 
 
+def split(anything: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors among the leaves of any tree, and how to rebuild the tree from others."""
+    every, structure = optree.tree_flatten(anything)
+    places = [i for i, leaf in enumerate(every) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: Sequence[Tensor]) -> Any:
+        merged = list(every)
+        for i, tensor in zip(places, tensors, strict=True):
+            merged[i] = tensor
+        return optree.tree_unflatten(structure, merged)
+
+    tensors = [every[i] for i in places]
+    for i in places:
+        every[i] = None  # Whoever keeps the rebuilder does not keep the tensors.
+    return tensors, rebuild
+
+
 def size(tree: Tree) -> int:
     """The number n of scalars in ``tree``."""
     return sum(leaf.numel() for leaf in leaves(tree))

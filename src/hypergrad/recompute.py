@@ -1,0 +1,137 @@
+"""Computations that keep their inputs instead of their graph, and run again to be differentiated.
+
+The second run is the first one over again: with its random numbers, its autocast, and module
+buffers as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.isolation import Buffers, RandomState
+
+
+class Computation(Protocol):
+    """A function of a tree, to be run once without a graph and again with one."""
+
+    def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
+        """The outputs, any tree; gradients are enabled in the second run only.
+
+        Args:
+            inputs: any tree.
+            buffers: those of the modules that run.
+            twice: whether the graph of the second run must carry second derivatives.
+        """
+
+
+def recomputed(computation: Computation, inputs: Any, buffers: Buffers) -> Any:
+    """``computation(inputs, buffers)`` as one node, which keeps the tensors among the inputs.
+
+    Differentiable to any order that the computation is.
+    """
+    tensors, rebuild = tr.split(inputs)
+    call = _Call(computation, rebuild, buffers)
+    outputs = _Recomputed.apply(call, *tensors)
+    return call.rebuild_outputs(outputs)
+
+
+class _Call:
+    """One computation, what it started from, and the structure of what it returned."""
+
+    rebuild_outputs: Callable[[Sequence[Tensor]], Any]
+
+    def __init__(
+        self,
+        computation: Computation,
+        rebuild: Callable[[Sequence[Tensor]], Any],
+        buffers: Buffers,
+    ) -> None:
+        self._computation = computation
+        self._rebuild = rebuild
+        self._running_buffers = buffers
+
+    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, with the effects of a first run on random state and buffers."""
+        self._random_state = RandomState(list(tensors))
+        self._autocast = _autocast_states({tensor.device.type for tensor in tensors})
+        self._buffers = self._running_buffers.copy()
+        inputs = self._rebuild([tensor.detach() for tensor in tensors])
+        outputs = self._computation(inputs, self._running_buffers, twice=False)
+        del self._running_buffers
+        found, self.rebuild_outputs = tr.split(outputs)
+        return found
+
+    def again(self, tensors: Sequence[Tensor], *, twice: bool) -> list[Tensor]:
+        """The outputs, with a graph and without effects."""
+        with self._random_state.replayed(), _autocast(self._autocast), torch.enable_grad():
+            inputs = self._rebuild(tensors)
+            outputs = self._computation(inputs, self._buffers.copy(), twice=twice)
+            return tr.split(outputs)[0]
+
+
+class _Recomputed(torch.autograd.Function):
+    """Forward: without a graph. Backward: with one, of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(call.first(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        twice = torch.is_grad_enabled()
+        needed = ctx.needs_input_grad[1:]
+        # A view is a tensor of its own, and leads back to the input where that has a graph.
+        inputs = [
+            tensor.view_as(tensor) if twice and tensor.requires_grad
+            else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]  # fmt: skip
+        outputs = ctx.call.again(inputs, twice=twice)
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs, cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        asked = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        if not pairs:
+            return None, *[None] * len(inputs)
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                asked,
+                [cotangent for _, cotangent in pairs],
+                create_graph=twice,
+                allow_unused=True,
+            )
+        )
+        return None, *[next(found) if need else None for need in needed]
+
+
+_AutocastState = tuple[str, bool, torch.dtype]
+
+
+def _autocast_states(device_types: set[str]) -> list[_AutocastState]:
+    return [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in {"cpu", *device_types} - {"meta"}
+    ]
+
+
+@contextmanager
+def _autocast(states: Sequence[_AutocastState]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device, enabled, dtype in states:
+            # A cached cast would carry the graph of another run.
+            stack.enter_context(
+                torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+            )
+        yield

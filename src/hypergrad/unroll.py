@@ -1,0 +1,208 @@
+"""Differentiation through the steps of an optimiser.
+
+dg/dφ = ∂_φ g + (dθ_T/dφ)ᵀ ∂_θ g,   θ_{t+1}, s_{t+1} = update(∇_θ f_t(θ_t, φ), s_t, θ_t)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_choice, check_count, check_objective, check_tree
+from hypergrad.evaluation import Objective
+from hypergrad.forward_unroll import run_forward
+from hypergrad.isolation import Buffers
+from hypergrad.minibatch import Averaged, Sampled, bind
+from hypergrad.operators import Mode
+from hypergrad.optimizers import Optimizer, State
+from hypergrad.partial import inside_a_transform
+from hypergrad.trajectory import Point, Steps
+from hypergrad.tree import Tree
+
+Memory: TypeAlias = Literal["recompute", "graph", "checkpoint", "forward"]
+"""What is kept of the steps until they are differentiated."""
+
+
+def unroll(
+    inner: Callable[..., Tensor],
+    optimizer: Optimizer,
+    params: Tree,
+    hparams: Tree,
+    steps: int | Iterable[Any],
+    *,
+    memory: Memory = "recompute",
+    truncate: int | None = None,
+    first_order: bool = False,
+    state: State | None = None,
+    return_state: bool = False,
+    directions: int | None = None,
+    generator: torch.Generator | None = None,
+    mode: Mode = "auto",
+) -> Any:
+    """``θ_T``: the parameters after T steps of an optimiser, differentiable in what they came from.
+
+        θ_{t+1}, s_{t+1} = update(∇_θ f(θ_t, φ), s_t, θ_t),   t = 0, …, T − 1
+
+    Gradients flow to ``hparams``, to the initial ``params`` and ``state``, and to every tensor
+    among the hyperparameters of the optimiser; they are zero, never ``None``, where nothing depends
+    on an input. All memory modes give the same derivatives:
+
+    ================  ============================  ================================  ==============
+    ``memory=``       kept of T steps               time of a backward pass           derivatives
+    ================  ============================  ================================  ==============
+    ``"recompute"``   T iterates and states         T gradients and products          any order
+    ``"graph"``       T graphs                      T products                        any order
+    ``"checkpoint"``  2√T iterates and states       2T gradients, T products          any order
+    ``"forward"``     a tangent for each input      none; each step costs a product   first order
+                      scalar, or ``directions``     for each tangent
+    ================  ============================  ================================  ==============
+
+    Each step moves on the random state and the buffers of modules (batch-norm statistics) as a step
+    of training does, once: backward passes see the same dropout masks and buffers again and leave
+    both alone. The buffers are written to the modules when the last step is done. Gradients use
+    batch statistics where a module is in training mode; buffers are constants to all derivatives.
+
+    Under ``torch.func.vmap`` (a batch of tasks) and the other transforms of ``torch.func``,
+    ``memory="graph"`` is the one that works, and values are not checked.
+
+    Args:
+        inner: ``f(params, hparams)``, a scalar, or ``f(params, hparams, batch)`` where ``steps``
+            are batches. With a number of steps also :class:`Averaged`, whose gradient is made batch
+            by batch unless graphs are kept, or :class:`Sampled`, which takes its next batch each
+            step.
+        optimizer: one of :mod:`hypergrad.optimizers`.
+        params: θ_0, a tree of floating-point tensors. A parameter that f leaves out has a zero
+            gradient.
+        hparams: φ, likewise; ``()`` where there is none.
+        steps: T, or one batch for each step, all of which are kept until the backward pass.
+        memory: see above.
+        truncate: differentiate the last K steps only, a biased but cheap gradient whose error falls
+            geometrically with K where the inner problem is strongly convex (Shaban et al. 2019).
+        first_order: take the inner gradients for constants (Finn et al. 2017, first-order MAML).
+            With ``memory="graph"`` this costs no second derivative and no second gradient.
+        state: s_0, such as that of the last call; ``None``: ``optimizer.init(params)``.
+        return_state: return ``(params, state)``.
+        directions: with ``memory="forward"``, this many directions of random signs in place of one
+            for each input scalar: an unbiased estimate of the gradient, whose variance is
+            ``(n − 1) / directions`` times the gradient's square norm for n input scalars.
+        generator: for the directions; ``None`` is PyTorch's default.
+        mode: how products with the Hessian of a step are computed where its graph is not kept, see
+            :func:`hypergrad.operators.hessian`.
+
+    Returns:
+        θ_T, in the structure of ``params``; or the pair of it and the state.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of its range.
+        NonFiniteError: a value, a gradient or a parameter became infinite or NaN; it says in which
+            step. Nothing of the caller's but the random state has changed then.
+        DoubleBackwardError: ``memory="graph"``, and an operation of ``inner`` has no second
+            derivative; the other modes go on with finite differences there.
+
+    Example:
+        One step of gradient descent on ½(w − φ)² moves w by lr · (φ − w):
+
+        >>> import torch, hypergrad as hg
+        >>> f = lambda w, c: 0.5 * (w - c) ** 2
+        >>> c = torch.tensor(3.0, requires_grad=True)
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> w = hg.unroll(f, hg.optimizers.SGD(lr=lr), torch.tensor(0.0), c, 2)
+        >>> w.backward()
+        >>> w.detach(), c.grad, lr.grad  # (1 − 0.9²) · 3, 1 − 0.9², 2 · 0.9 · 3
+        (tensor(0.5700), tensor(0.1900), tensor(5.4000))
+    """
+    check_objective(inner, "inner", "(params, hparams) or (params, hparams, batch)")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer must be one of hypergrad.optimizers, such as SGD(lr=0.1) or "
+            f"from_torch(...), got {type(optimizer).__name__}"
+        )
+    check_tree(params, "params")
+    if tr.leaves(hparams):
+        check_tree(hparams, "hparams")
+    check_choice(memory, "memory", get_args(Memory))
+    check_choice(mode, "mode", get_args(Mode))
+    check_count(truncate, "truncate", optional=True)
+    check_count(directions, "directions", optional=True)
+    if directions is not None and memory != "forward":
+        raise ValueError(f"directions must come with memory='forward', got memory={memory!r}")
+    if inside_a_transform() and memory != "graph":
+        raise ValueError(
+            "memory must be 'graph' inside the transforms of torch.func, which hide what requires "
+            f"gradients, got {memory!r}"
+        )
+    objectives = _objectives(inner, steps)
+    if state is None:
+        state = optimizer.init(params)
+
+    point: Point = (params, state)
+    if not tr.leaves(hparams):
+        objectives = [_ignoring_hparams(objective, hparams) for objective in objectives]
+        hparams = torch.zeros(1)
+    buffers = Buffers()
+    skipped = 0 if truncate is None else max(0, len(objectives) - truncate)
+    if skipped:
+        head = Steps(optimizer, objectives[:skipped], first_order, mode)
+        with torch.no_grad():
+            point = head.run(_detached(point), tr.detach(hparams), buffers)
+    tail = Steps(optimizer, objectives[skipped:], first_order, mode)
+    if memory == "graph" or not torch.is_grad_enabled():
+        point = tail.run(point, hparams, buffers)
+    elif memory == "forward":
+        point = run_forward(
+            tail, point, hparams, buffers, directions=directions, generator=generator
+        )
+    else:
+        root = math.isqrt(len(tail.objectives) - 1) + 1
+        segment = root if memory == "checkpoint" else 1
+        point = tail.run_recomputed(point, hparams, buffers, segment=segment)
+    point = _connected(point, tr.split((params, state.slots, hparams))[0])
+    buffers.give_back()
+    return point if return_state else point[0]
+
+
+def _objectives(inner: Any, steps: int | Iterable[Any]) -> Sequence[Objective]:
+    """f_t for each step."""
+    if isinstance(steps, Iterable) and not isinstance(steps, Tensor):
+        if isinstance(inner, (Averaged, Sampled)):
+            raise TypeError(
+                f"steps must be a number where inner is {type(inner).__name__}, which brings its "
+                f"batches, got {type(steps).__name__}"
+            )
+        found = [bind(inner, batch) for batch in steps]
+        if not found:
+            raise ValueError("steps must hold at least one batch, got none")
+        return found
+    check_count(steps, "steps")
+    return [inner.part() if isinstance(inner, Sampled) else inner for _ in range(steps)]
+
+
+def _ignoring_hparams(objective: Objective, hparams: Tree) -> Objective:
+    """``objective`` at the empty tree that the caller gave, whatever is passed in its place."""
+    if isinstance(objective, Averaged):
+        given = objective.objective
+        return replace(objective, objective=lambda w, _, batch: given(w, hparams, batch))
+    return lambda w, _: objective(w, hparams)
+
+
+def _detached(point: Point) -> Point:
+    tensors, rebuild = tr.split((point[0], point[1].slots))
+    params, slots = rebuild([tensor.detach() for tensor in tensors])
+    return params, State(point[1].step, slots)
+
+
+def _connected(point: Point, inputs: Sequence[Tensor]) -> Point:
+    """``point``, with a zero gradient to the inputs that it does not depend on."""
+    moving = [t for t in inputs if t.requires_grad or inside_a_transform()]
+    if not (moving and torch.is_grad_enabled()):
+        return point
+    # Sums over no element: zero whatever the values, with zero derivatives.
+    first = tr.leaves(point[0])[0]
+    zero = torch.stack([t.unsqueeze(0)[:0].sum().to(first) for t in moving]).sum()
+    return tr.map_leaves(lambda leaf: leaf + zero.to(leaf), point[0]), point[1]
