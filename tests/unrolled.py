@@ -48,7 +48,10 @@ def logistic() -> Loop:
         "logistic",
         inner,
         lambda w, decay: loss(w, slice(300, None)),
-        {"weight": torch.zeros(5, dtype=torch.float64), "bias": torch.zeros(1, dtype=torch.float64)},
+        {
+            "weight": torch.zeros(5, dtype=torch.float64),
+            "bias": torch.zeros(1, dtype=torch.float64),
+        },
         torch.full((5,), -2.0, dtype=torch.float64),
         [slice(i, i + 60) for i in range(0, 300, 60)],
     )
@@ -72,7 +75,9 @@ def _digits(model: nn.Module, name: str, shape: tuple[int, ...]) -> Loop:
     def outer(w: Tree, h: Tree) -> Tensor:
         return F.cross_entropy(functional_call(model, w, (X[80:],)), y[80:])
 
-    return Loop(name, inner, outer, params, hparams, [slice(i, i + 16) for i in range(0, 80, 16)], model)
+    return Loop(
+        name, inner, outer, params, hparams, [slice(i, i + 16) for i in range(0, 80, 16)], model
+    )
 
 
 def mlp() -> Loop:

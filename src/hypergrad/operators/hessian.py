@@ -29,7 +29,8 @@ from hypergrad.operators.base import SymmetricOperator
 from hypergrad.tree import Tree
 
 Side: TypeAlias = Literal["inner", "outer", "both"]
-"""In what the inner gradient is differentiated: θ, φ or both."""
+"""In what the inner gradient is differentiated: θ, φ or both, which is an operator's last product:
+what it keeps is freed on the way, so that the memory can be used again at once."""
 
 
 class Hessian(SymmetricOperator):
@@ -105,7 +106,7 @@ class Hessian(SymmetricOperator):
         return tr.cast_like(self.differentiate_gradient(narrow, "outer"), self._hparams)
 
     def vjp(self, vector: Tree) -> tuple[Tree, Tree]:
-        """``(H v, (∂_φ F)ᵀ v)`` at the cost of one product, in the dtypes of θ and φ."""
+        """``(H v, (∂_φ F)ᵀ v)`` for one product's time; the operator cannot be used afterwards."""
         check_structure(vector, self._params, "vector", "params")
         narrow = tr.cast_like(vector, self._params)
         both = self.differentiate_gradient(narrow, "both")

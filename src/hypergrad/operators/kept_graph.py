@@ -21,6 +21,7 @@ def pull_back(
     *,
     batched: bool = False,
     create_graph: bool = False,
+    last: bool = False,
 ) -> Sequence[Tensor | None]:
     """``Σ_i (∂outputs_i/∂inputs)ᵀ cotangents_i``; ``None`` for an input that no output uses.
 
@@ -30,6 +31,7 @@ def pull_back(
         cotangents: one for each output; with ``batched``, with a leading dimension k.
         batched: whether to pull back k cotangents at once.
         create_graph: whether the result can be differentiated again.
+        last: whether the graph may be freed on the way.
 
     Raises:
         DoubleBackwardError: an operation on the way has no derivative.
@@ -47,7 +49,7 @@ def pull_back(
                 [output for output, _ in used],
                 inputs,
                 [part for _, part in used],
-                retain_graph=True,
+                retain_graph=not last,
                 create_graph=create_graph,
                 allow_unused=True,
                 is_grads_batched=batched,

@@ -33,7 +33,8 @@ class ReverseHessian(Hessian):
 
     def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
         inputs = self.inputs(side)
-        grads = pull_back(tr.leaves(self._graph), tr.leaves(inputs), tr.leaves(vector))
+        last = side == "both"
+        grads = pull_back(tr.leaves(self._graph), tr.leaves(inputs), tr.leaves(vector), last=last)
         return filled(grads, inputs)
 
     def multiply_chunk(self, block: Tree) -> Tree:
