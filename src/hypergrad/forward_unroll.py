@@ -179,7 +179,7 @@ def _of_both(objective: Objective) -> Objective:
     """``f(θ, φ)`` as a function of the pair."""
     if isinstance(objective, Averaged):
         given = objective.objective
-        return replace(objective, objective=lambda pair, _, batch: given(*pair, batch))
+        return replace(objective, objective=lambda pair, _, batch: given(pair[0], pair[1], batch))
     return lambda pair, _: objective(pair[0], pair[1])
 
 

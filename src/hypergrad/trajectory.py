@@ -57,14 +57,14 @@ class Steps:
             buffers: of the modules that run.
             twice: whether the graph must carry second derivatives.
         """
-        for i, objective in enumerate(self.objectives):
-            params, state = point
-            with naming_the_step(state.step):
-                with buffers.carried():
-                    grads = self._gradient(objective, params, hparams, twice=twice)
-                settings = self.settings_at(i, point)
-                point = self.optimizer.update(grads, state, params, settings=settings)
-                check_finite(point[0])
+        with buffers.carried():
+            for i in range(len(self.objectives)):
+                params, state = point
+                with naming_the_step(state.step):
+                    grads = self._gradient(i, params, hparams, twice=twice)
+                    settings = self.settings_at(i, point)
+                    point = self.optimizer.update(grads, state, params, settings=settings)
+                    check_finite(point[0])
         return point
 
     def run_recomputed(
@@ -90,8 +90,9 @@ class Steps:
             return self.settings[index]
         return self.optimizer.settings(point[1], point[0])
 
-    def _gradient(self, objective: Objective, params: Tree, hparams: Tree, *, twice: bool) -> Tree:
-        """``∇_θ f``; the random state moves on, as it does in any training step."""
+    def _gradient(self, index: int, params: Tree, hparams: Tree, *, twice: bool) -> Tree:
+        """``∇_θ f`` of step ``index``; the random state moves on, as in any step of training."""
+        objective = self.objectives[index]
         if inside_a_transform():
             grads = partial_gradient(_flat(objective, params, hparams), tr.leaves(params))
             tree = tr.unflatten_like(params, grads)
@@ -106,7 +107,9 @@ class Steps:
                 theta = tr.unflatten_like(params, leaves)
                 return evaluate(objective, theta, hparams, state, "inner", twice=True)
 
-            tree = tr.unflatten_like(params, partial_gradient(value, tr.leaves(params)))
+            # What the first step is made of, the others are.
+            grads = partial_gradient(value, tr.leaves(params), check=index == 0)
+            tree = tr.unflatten_like(params, grads)
         else:
             operator = hessian(objective, params, hparams, mode=self.mode)
             state = operator.random_state
@@ -140,7 +143,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Hessian, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.operator = operator
-        return tuple(tr.leaves(operator.gradient))
+        # Not the operator's own tensors: those would hold the node that holds the operator.
+        return tuple(tr.leaves(tr.detach(operator.gradient)))
 
     @staticmethod
     @once_differentiable

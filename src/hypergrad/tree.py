@@ -155,8 +155,12 @@ def to_floats(*scalars: Tensor) -> list[float]:
 
 
 def is_finite(tree: Tree) -> bool:
-    """Whether no leaf holds an infinity or a NaN; one copy to the host."""
-    return bool(_total([(~torch.isfinite(leaf)).sum() for leaf in leaves(tree)]) == 0)
+    """Whether no leaf holds an infinity or a NaN; as a rule one pass and one copy to the host."""
+    every = leaves(tree)
+    # A sum is finite only if all its terms are; if it is not, it may have overflowed.
+    if math.isfinite(_total([leaf.sum() for leaf in every])):
+        return True
+    return bool(_total([(~torch.isfinite(leaf)).sum() for leaf in every]) == 0)
 
 
 def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
