@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from hypergrad import linsolve, operators, optimizers
+from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.certificate import ErrorBound
 from hypergrad.conditions import WarmStart
@@ -14,7 +15,7 @@ from hypergrad.errors import (
     LinearSolveWarning,
     NonFiniteError,
 )
-from hypergrad.implicit import Hypergradient, accumulate_grad, hypergradient
+from hypergrad.implicit import Hypergradient, hypergradient
 from hypergrad.linsolve import (
     CG,
     GMRES,
@@ -42,6 +43,7 @@ from hypergrad.linsolve import (
 from hypergrad.minibatch import Averaged, Sampled
 from hypergrad.report import Finding, Report
 from hypergrad.unroll import unroll
+from hypergrad.unrolled import Unrolled, UnrolledHypergradient
 
 __version__ = version("hypergrad")
 
@@ -79,6 +81,8 @@ __all__ = [
     "Solution",
     "Status",
     "StochasticNeumann",
+    "Unrolled",
+    "UnrolledHypergradient",
     "WarmStart",
     "accumulate_grad",
     "argmin",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args, overload
 
 import torch
+from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.certificate import ErrorBound, Source, error_bound
@@ -36,6 +37,7 @@ from hypergrad.linsolve.base import residual_norm
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
 from hypergrad.tree import Tree
+from hypergrad.unrolled import Unrolled, UnrolledHypergradient, unrolled_hypergradient
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 
@@ -64,6 +66,7 @@ class Hypergradient:
     error_bound: ErrorBound | None = None
 
 
+@overload
 def hypergradient(
     inner: Objective,
     outer: Objective,
@@ -77,7 +80,36 @@ def hypergradient(
     x0: Tree | None = None,
     on_failure: OnFailure = "warn",
     mode: Mode = "auto",
-) -> Hypergradient:
+    method: None = None,
+) -> Hypergradient: ...
+
+
+@overload
+def hypergradient(
+    inner: Callable[..., Tensor],
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    method: Unrolled,
+) -> UnrolledHypergradient: ...
+
+
+def hypergradient(
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    solver: LinearSolver = CG(),
+    damping: float | Literal["auto"] = 0.0,
+    curvature: Callable[[Tree, Tree], LinearOperator] | None = None,
+    mu: float | Literal["auto"] | None = None,
+    x0: Tree | None = None,
+    on_failure: OnFailure = "warn",
+    mode: Mode = "auto",
+    method: Unrolled | None = None,
+) -> Hypergradient | UnrolledHypergradient:
     """``dg/dφ`` at a minimiser θ of the inner objective, by implicit differentiation.
 
         dg/dφ = ∂_φ g − (∂_φ F)ᵀ v,   (H + damping · I) v = ∂_θ g,   F = ∇_θ f,   H = ∂²f/∂θ²
@@ -111,10 +143,12 @@ def hypergradient(
         on_failure: what a failed solve does: ``"warn"``, ``"raise"`` or ``"ignore"``. The answer
             from its best iterate is returned in the first and the last case.
         mode: how Hessian products are computed, see :func:`hypergrad.operators.hessian`.
+        method: :class:`Unrolled`, for the hypergradient through the steps of an optimiser instead;
+            ``params`` is then where it starts, and the other options do not apply.
 
     Returns:
         The gradients in the structure and dtypes of ``hparams`` (zero for an outer parameter that
-        neither objective uses) and the receipt.
+        neither objective uses) and the receipt; with ``method`` an :class:`UnrolledHypergradient`.
 
     Raises:
         TypeError: an argument is of the wrong kind, or a leaf is no floating-point tensor.
@@ -141,6 +175,16 @@ def hypergradient(
     check_tree(params, "params")
     check_tree(hparams, "hparams")
     check_solver(solver)
+    if method is not None:
+        if not isinstance(method, Unrolled):
+            raise TypeError(f"method must be hg.Unrolled(...), got {type(method).__name__}")
+        implicit_only = (solver, damping, curvature, mu, x0, on_failure, mode)
+        if implicit_only != (CG(), 0.0, None, None, None, "warn", "auto"):
+            raise ValueError(
+                "method must come without the options of implicit differentiation (solver, "
+                "damping, curvature, mu, x0, on_failure, mode); give it its own"
+            )
+        return unrolled_hypergradient(method, inner, outer, params, hparams)
     if damping != "auto":
         check_number(damping, "damping", at_least=0.0)
     if curvature is not None:
@@ -171,41 +215,6 @@ def hypergradient(
         bound = _certify(inner, outer, params, hparams, result, exact, operator, rhs, mu, mode)
         result = replace(result, error_bound=bound)
     return result
-
-
-def accumulate_grad(hparams: Tree, grads: Tree) -> None:
-    """Add ``grads`` to the ``.grad`` of the leaf tensors ``hparams``, as ``backward()`` would.
-
-    Any ``torch.optim`` optimiser, gradient clipping and gradient accumulation then work unchanged.
-
-    Args:
-        hparams: φ, leaf tensors that require gradients.
-        grads: such as :attr:`Hypergradient.grads`; the structure and shapes of ``hparams``.
-
-    Raises:
-        TypeError: a leaf is no floating-point tensor.
-        ValueError: the trees do not match, or a tensor of ``hparams`` is no leaf or does not
-            require gradients. No ``.grad`` is changed then.
-
-    Example:
-        >>> import torch, hypergrad as hg
-        >>> decay = torch.zeros(2, requires_grad=True)
-        >>> hg.accumulate_grad(decay, torch.ones(2))
-        >>> decay.grad
-        tensor([1., 1.])
-    """
-    check_tree(hparams, "hparams")
-    check_like(grads, hparams, "grads", "hparams")
-    for leaf in tr.leaves(hparams):
-        if not (leaf.is_leaf and leaf.requires_grad):
-            raise ValueError(
-                "hparams must be leaf tensors that require gradients, got one with "
-                f"is_leaf={leaf.is_leaf}, requires_grad={leaf.requires_grad}"
-            )
-    for leaf, grad in zip(tr.leaves(hparams), tr.leaves(grads), strict=True):
-        addend = grad.detach().to(leaf.dtype)
-        # Out of place: others may hold the present .grad, or share memory with `grads`.
-        leaf.grad = addend.clone() if leaf.grad is None else leaf.grad + addend
 
 
 def _operator(

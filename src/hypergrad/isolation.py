@@ -60,9 +60,10 @@ class Buffers:
     :meth:`give_back`. A buffer that carries a graph is an argument of the caller's, not carried.
     """
 
-    def __init__(self, values: MutableMapping[Tensor, Tensor] | None = None) -> None:
+    def __init__(self) -> None:
         # Weak: an objective may make tensors of its own and pass them as buffers.
-        self._values: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary(values)
+        self._values: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._initial: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     @contextmanager
     def carried(self) -> Iterator[None]:
@@ -76,8 +77,12 @@ class Buffers:
             _this_thread.carried = outside
 
     def copy(self) -> Buffers:
-        """The same values, to be carried on from here once more."""
-        return Buffers(self._values)
+        """The same values, to be carried on from here once more; after giving back as well."""
+        twin = Buffers()
+        twin._values.update(self._values)
+        # Shared: what a module began with is known once the module has run.
+        twin._initial = self._initial
+        return twin
 
     def give_back(self) -> None:
         """Write the values into the tensors that the modules hold."""
@@ -87,7 +92,13 @@ class Buffers:
 
     def start(self, original: Tensor) -> Tensor:
         """The value to run on in place of a module's buffer, to be cloned."""
-        return original if original.requires_grad else self._values.get(original, original)
+        if original.requires_grad:
+            return original
+        if original in self._values:
+            return self._values[original]
+        if original not in self._initial:
+            self._initial[original] = original.clone()
+        return self._initial[original]
 
     def leave(self, original: Tensor, value: Tensor | None) -> None:
         """Keep what a run made of a buffer."""

@@ -14,11 +14,21 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.errors import NonFiniteError
 from hypergrad.isolation import Buffers, RandomState
+from hypergrad.partial import inside_a_transform
 
 
 class Computation(Protocol):
-    """A function of a tree, to be run once without a graph and again with one."""
+    """A function of a tree, to be run once without a graph and again with one.
+
+    Attributes:
+        name: what to call it in errors.
+    """
+
+    @property
+    def name(self) -> str:
+        """Such as "step 3"."""
 
     def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
         """The outputs, any tree; gradients are enabled in the second run only.
@@ -74,6 +84,18 @@ class _Call:
             outputs = self._computation(inputs, self._buffers.copy(), twice=twice)
             return tr.split(outputs)[0]
 
+    def check_finite(self, cotangents: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Raise ``NonFiniteError`` if gradients became infinite or NaN on the way through this."""
+        given = [grad for grad in grads if grad is not None]
+        if _are_hidden(cotangents) or not given or tr.is_finite(given):
+            return
+        if tr.is_finite(cotangents):
+            raise NonFiniteError(
+                f"a gradient must stay finite, got an infinity or a NaN on its way back through "
+                f"{self._computation.name}; the inner loop amplifies it: differentiate fewer steps "
+                "(truncate), or lower the learning rate"
+            )
+
 
 class _Recomputed(torch.autograd.Function):
     """Forward: without a graph. Backward: with one, of its own."""
@@ -104,16 +126,22 @@ class _Recomputed(torch.autograd.Function):
         asked = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
         if not pairs:
             return None, *[None] * len(inputs)
-        found = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                asked,
-                [cotangent for _, cotangent in pairs],
-                create_graph=twice,
-                allow_unused=True,
-            )
+        grads = torch.autograd.grad(
+            [output for output, _ in pairs],
+            asked,
+            [cotangent for _, cotangent in pairs],
+            create_graph=twice,
+            allow_unused=True,
         )
+        ctx.call.check_finite([cotangent for _, cotangent in pairs], grads)
+        found = iter(grads)
         return None, *[next(found) if need else None for need in needed]
+
+
+def _are_hidden(tensors: Sequence[Tensor]) -> bool:
+    """Whether values cannot be looked at: in a transform, or a batch of ``is_grads_batched``."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return inside_a_transform() or any(legacy(tensor) for tensor in tensors)
 
 
 _AutocastState = tuple[str, bool, torch.dtype]

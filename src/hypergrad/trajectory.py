@@ -126,6 +126,16 @@ class _Segment:
     steps: Steps
     first: int
 
+    @property
+    def name(self) -> str:
+        """Which steps these are."""
+        last = self.first + len(self.steps.objectives) - 1
+        return (
+            f"step {last} of the inner loop"
+            if last == self.first
+            else (f"steps {self.first} to {last} of the inner loop")
+        )
+
     def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
         params, slots, hparams, settings = inputs
         steps = replace(self.steps, settings=settings)

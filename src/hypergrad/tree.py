@@ -158,7 +158,7 @@ def is_finite(tree: Tree) -> bool:
     """Whether no leaf holds an infinity or a NaN; as a rule one pass and one copy to the host."""
     every = leaves(tree)
     # A sum is finite only if all its terms are; if it is not, it may have overflowed.
-    if math.isfinite(_total([leaf.sum() for leaf in every])):
+    if math.isfinite(_total([leaf.sum() for leaf in every]).item()):
         return True
     return bool(_total([(~torch.isfinite(leaf)).sum() for leaf in every]) == 0)
 

@@ -20,7 +20,7 @@ from hypergrad.forward_unroll import run_forward
 from hypergrad.isolation import Buffers
 from hypergrad.minibatch import Averaged, Sampled, bind
 from hypergrad.operators import Mode
-from hypergrad.optimizers import Optimizer, State
+from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.partial import inside_a_transform
 from hypergrad.trajectory import Point, Steps
 from hypergrad.tree import Tree
@@ -118,11 +118,7 @@ def unroll(
         (tensor(0.5700), tensor(0.1900), tensor(5.4000))
     """
     check_objective(inner, "inner", "(params, hparams) or (params, hparams, batch)")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "optimizer must be one of hypergrad.optimizers, such as SGD(lr=0.1) or "
-            f"from_torch(...), got {type(optimizer).__name__}"
-        )
+    check_optimizer(optimizer)
     check_tree(params, "params")
     if tr.leaves(hparams):
         check_tree(hparams, "hparams")

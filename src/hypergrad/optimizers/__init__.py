@@ -6,7 +6,14 @@ Each is a frozen dataclass with ``init(params) -> state`` and
 
 from hypergrad.optimizers.adagrad import Adagrad
 from hypergrad.optimizers.adam import Adam, AdamW
-from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, Uniform
+from hypergrad.optimizers.base import (
+    Optimizer,
+    Settings,
+    Slot,
+    State,
+    Uniform,
+    check_optimizer,
+)
 from hypergrad.optimizers.from_torch import from_torch
 from hypergrad.optimizers.hyperparameters import Hyperparameter
 from hypergrad.optimizers.legacy import diff_sgd
@@ -25,6 +32,7 @@ __all__ = [
     "Slot",
     "State",
     "Uniform",
+    "check_optimizer",
     "diff_sgd",
     "from_torch",
 ]

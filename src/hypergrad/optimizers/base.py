@@ -94,6 +94,15 @@ class Optimizer(ABC):
         return new_params, State(state.step + 1, tuple(slot for _, slot in updated))
 
 
+def check_optimizer(optimizer: object) -> None:
+    """Raise ``TypeError`` unless ``optimizer`` is an :class:`Optimizer`."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer must be one of hypergrad.optimizers, such as SGD(lr=0.1) or "
+            f"from_torch(...), got {type(optimizer).__name__}"
+        )
+
+
 class Uniform(Optimizer):
     """An optimiser with one rule for all leaves: a frozen dataclass of its hyperparameters."""
 

@@ -1,0 +1,116 @@
+"""Unrolled hypergradients by the call that makes implicit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.evaluation import Objective, filled, fresh_leaves
+from hypergrad.minibatch import value_and_gradients
+from hypergrad.operators import Mode
+from hypergrad.optimizers import Optimizer, State, check_optimizer
+from hypergrad.tree import Tree
+from hypergrad.unroll import Memory, unroll
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """``dg/dφ`` through the steps of an optimiser: the ``method=`` of :func:`hypergradient`.
+
+        dg/dφ = ∂_φ g + (dθ_T/dφ)ᵀ ∂_θ g
+
+    Args:
+        optimizer: one of :mod:`hypergrad.optimizers`; or a function of ``hparams`` that returns
+            one, where its hyperparameters are among them.
+        steps: T, or one batch for each step, see :func:`unroll` for this and what follows.
+        memory: what is kept of the steps.
+        truncate: differentiate the last K steps only.
+        first_order: take the inner gradients for constants.
+        state: of the optimiser at the start.
+        directions: random ones, with ``memory="forward"``.
+        generator: for them.
+        mode: how Hessian products are computed.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> f = lambda w, c: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2
+        >>> g = lambda w, c: 0.5 * w**2
+        >>> method = hg.Unrolled(hg.optimizers.SGD(lr=0.1), steps=200)
+        >>> result = hg.hypergradient(f, g, torch.tensor(0.0), torch.tensor(1.0), method=method)
+        >>> result.grads, result.params  # as by the implicit function theorem: −9/8 at 3/2
+        (tensor(-1.1250), tensor(1.5000))
+    """
+
+    optimizer: Optimizer | Callable[[Tree], Optimizer]
+    steps: int | Iterable[Any]
+    memory: Memory = "recompute"
+    truncate: int | None = None
+    first_order: bool = False
+    state: State | None = None
+    directions: int | None = None
+    generator: torch.Generator | None = None
+    mode: Mode = "auto"
+
+
+@dataclass(frozen=True)
+class UnrolledHypergradient:
+    """A hypergradient through an optimiser's steps, and where these ended.
+
+    Attributes:
+        grads: ``dg/dφ``, in the structure of ``hparams``.
+        params: θ_T, detached: where the next inner loop may start.
+        state: of the optimiser there, detached.
+        outer_value: ``g(θ_T, φ)``.
+    """
+
+    grads: Tree
+    params: Tree
+    state: State
+    outer_value: float
+
+
+def unrolled_hypergradient(
+    method: Unrolled,
+    inner: Callable[..., Tensor],
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+) -> UnrolledHypergradient:
+    """``dg/dφ`` by :func:`unroll`; only buffers and the random state of the caller's change."""
+    with torch.inference_mode(False), torch.enable_grad():
+        phi = fresh_leaves(hparams)
+        optimizer = method.optimizer
+        if not isinstance(optimizer, Optimizer) and callable(optimizer):
+            optimizer = optimizer(phi)
+        check_optimizer(optimizer)
+        # From what the caller gave: an optimiser of torch.optim knows its own tensors only.
+        state = optimizer.init(params) if method.state is None else method.state
+        theta, state = unroll(
+            inner,
+            optimizer,
+            tr.detach(params),
+            phi,
+            method.steps,
+            memory=method.memory,
+            truncate=method.truncate,
+            first_order=method.first_order,
+            state=state,
+            return_state=True,
+            directions=method.directions,
+            generator=method.generator,
+            mode=method.mode,
+        )
+        end = fresh_leaves(theta)
+        value, cotangent, direct = value_and_gradients(outer, end, phi, "outer")
+        through = torch.autograd.grad(
+            tr.leaves(theta), tr.leaves(phi), tr.leaves(cotangent), allow_unused=True
+        )
+    grads = tr.add(direct, filled(through, phi))
+    slots, rebuild = tr.split(state.slots)
+    state = State(state.step, rebuild([tensor.detach() for tensor in slots]))
+    return UnrolledHypergradient(grads, tr.detach(end), state, value)
