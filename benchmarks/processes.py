@@ -8,30 +8,43 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+
+from benchmarks.memory import can_be_measured
 
 _NYSTROM = """
 import json, sys
 import torch
-from benchmarks.workloads import mlp
 import hypergrad as hg
-
-def status(field):
-    for line in open("/proc/self/status"):
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
+from benchmarks.memory import peak_mebibytes
+from benchmarks.workloads import mlp
 
 rank, chunk_size, quick = json.loads(sys.argv[1])
 work = mlp(quick)
 theta = {key: value.clone().requires_grad_() for key, value in work.params.items()}
 torch.autograd.grad(work.inner(theta, work.hparams), list(theta.values()))
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-before = status("VmRSS")
 generator = torch.Generator().manual_seed(0)
 solver = hg.Nystrom(rank=rank, rho=0.1, chunk_size=chunk_size, generator=generator)
-hg.hypergradient(work.inner, work.outer, work.params, work.hparams, solver=solver)
+peak = peak_mebibytes(
+    lambda: hg.hypergradient(work.inner, work.outer, work.params, work.hparams, solver=solver)
+)
 size = sum(value.numel() for value in work.params.values()) * 4 / 2**20
-print(json.dumps([status("VmHWM") - before, size]))
+print(json.dumps([peak, size]))
+"""
+
+_UNROLL = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from benchmarks.memory import peak_mebibytes
+from benchmarks.unrolling import hypergradient, task
+
+method, steps, quick = json.loads(sys.argv[1])
+work = task(quick)
+if method in ("higher", "torchopt"):
+    __import__(method)
+theta = {key: value.requires_grad_() for key, value in work.params().items()}
+torch.autograd.grad(work.inner(theta, work.hparams), list(theta.values()))
+print(json.dumps(peak_mebibytes(lambda: hypergradient(work, method, steps))))
 """
 
 
@@ -47,7 +60,7 @@ class Memory:
 
 def nystrom_memory(ranks: tuple[int, ...], chunk_size: int, quick: bool) -> list[Memory]:
     """The peak at each rank, with all columns at once and in chunks; empty where not on Linux."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not can_be_measured():
         return []
     rows = []
     for rank in ranks:
@@ -56,6 +69,12 @@ def nystrom_memory(ranks: tuple[int, ...], chunk_size: int, quick: bool) -> list
             peak, size = json.loads(output)
             rows.append(Memory(rank, chunk, peak, peak / size))
     return rows
+
+
+def unroll_memory(method: str, steps: int, quick: bool) -> float:
+    """The peak, in MiB, of an unrolled hypergradient above the process after one gradient."""
+    peak: float = json.loads(_python(_UNROLL, json.dumps([method, steps, quick])))
+    return peak
 
 
 def import_ratio(repeats: int) -> tuple[float, float]:

@@ -1,0 +1,133 @@
+"""Unrolled hypergradients by memory mode, beside the libraries that keep every step's graph."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import hypergrad as hg
+from benchmarks.timing import median_seconds
+from hypergrad.unroll import Memory
+
+Params = dict[str, Tensor]
+
+MODES: tuple[Memory, ...] = ("graph", "recompute", "checkpoint", "forward")
+PEERS = ("higher", "torchopt")
+LR, MOMENTUM = 0.1, 0.9
+
+
+@dataclass(frozen=True)
+class Task:
+    """Classification with one log-decay per parameter tensor, trained by SGD with momentum.
+
+    Attributes:
+        model: the network, whose parameters are θ_0.
+        data: inputs and labels.
+        validation: others.
+        hparams: φ.
+    """
+
+    model: nn.Module
+    data: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    hparams: Tensor
+
+    def inner(self, params: Params, hparams: Tensor) -> Tensor:
+        """Cross-entropy and ½ Σ_k exp(φ_k) ‖θ_k‖²."""
+        squares = torch.stack([tensor.square().sum() for tensor in params.values()])
+        x, y = self.data
+        loss = F.cross_entropy(functional_call(self.model, params, (x,)), y)
+        return loss + 0.5 * (hparams.exp() * squares).sum()
+
+    def outer(self, params: Params, _: Tensor) -> Tensor:
+        """Cross-entropy on the other data."""
+        x, y = self.validation
+        return F.cross_entropy(functional_call(self.model, params, (x,)), y)
+
+    def params(self) -> Params:
+        """θ_0."""
+        return {key: value.detach() for key, value in self.model.named_parameters()}
+
+
+def task(quick: bool = False) -> Task:
+    """64-256-256-10 on 2048 rows."""
+    width, rows = (16, 64) if quick else (256, 2048)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+    )
+    batches = [(torch.randn(rows, 64), torch.randint(10, (rows,))) for _ in range(2)]
+    return Task(model, batches[0], batches[1], torch.full((6,), -4.0))
+
+
+def available() -> list[str]:
+    """The memory modes, and the peers that are installed."""
+    return [*MODES, *(peer for peer in PEERS if importlib.util.find_spec(peer))]
+
+
+def hypergradient(work: Task, method: str, steps: int) -> Tensor:
+    """dg/dφ through ``steps`` steps, by a memory mode or by a peer."""
+    if method == "higher":
+        return _higher(work, steps)
+    if method == "torchopt":
+        return _torchopt(work, steps)
+    optimizer = hg.optimizers.SGD(lr=LR, momentum=MOMENTUM)
+    unrolled = hg.Unrolled(optimizer, steps, memory=method)  # type: ignore[arg-type]
+    result = hg.hypergradient(work.inner, work.outer, work.params(), work.hparams, method=unrolled)
+    grads: Tensor = result.grads
+    return grads
+
+
+def _higher(work: Task, steps: int) -> Tensor:
+    import higher
+
+    hparams = work.hparams.clone().requires_grad_()
+    optimizer = torch.optim.SGD(work.model.parameters(), lr=LR, momentum=MOMENTUM)
+    with higher.innerloop_ctx(work.model, optimizer) as (model, differentiable):
+        for _ in range(steps):
+            squares = torch.stack([tensor.square().sum() for tensor in model.parameters()])
+            x, y = work.data
+            loss = F.cross_entropy(model(x), y)
+            differentiable.step(loss + 0.5 * (hparams.exp() * squares).sum())
+        x, y = work.validation
+        return torch.autograd.grad(F.cross_entropy(model(x), y), hparams)[0]
+
+
+def _torchopt(work: Task, steps: int) -> Tensor:
+    import torchopt
+
+    hparams = work.hparams.clone().requires_grad_()
+    optimizer = torchopt.FuncOptimizer(torchopt.sgd(lr=LR, momentum=MOMENTUM))
+    params = {key: value.clone().requires_grad_() for key, value in work.params().items()}
+    for _ in range(steps):
+        params = optimizer.step(work.inner(params, hparams), params)
+    return torch.autograd.grad(work.outer(params, hparams), hparams)[0]
+
+
+def seconds(steps: int, repeats: int, quick: bool, *, forward: bool) -> dict[str, float]:
+    """Median seconds of each method, all run alternately; ``forward`` mode only if asked for."""
+    work = task(quick)
+    methods = [method for method in available() if forward or method != "forward"]
+    return median_seconds(
+        {method: partial(hypergradient, work, method, steps) for method in methods}, repeats
+    )
+
+
+def largest_difference(steps: int, quick: bool) -> float:
+    """The largest relative distance of any method's answer from that of the full graph."""
+    work = task(quick)
+    expected = hypergradient(work, "graph", steps)
+    answers = [hypergradient(work, method, steps) for method in available()]
+    return max(float((answer - expected).norm() / expected.norm()) for answer in answers)
+
+
+def copies(mebibytes: float, work: Task) -> float:
+    """``mebibytes`` in copies of the parameters and the optimiser's state, a momentum each."""
+    scalars = 2 * sum(tensor.numel() for tensor in work.params().values())
+    return mebibytes * 2**20 / (4 * scalars)
