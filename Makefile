@@ -36,7 +36,9 @@ format: $(STAMP) ## Mend style and format
 types: $(STAMP) ## Check types
 	$(BIN)/mypy
 
-bench: $(STAMP) ## Measure the cost of products, hypergradients and memory (some minutes)
+# The peers to compare with are not needed for anything else, and may not install everywhere.
+bench: $(STAMP) ## Measure the cost of products, hypergradients and memory (ten minutes)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove the virtual environment and every cache

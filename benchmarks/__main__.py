@@ -20,6 +20,8 @@ from benchmarks.cost import CG_ITERATIONS, MODES, Cost, measure
 from benchmarks.digits import Problem, network
 from benchmarks.digits import logistic as digits_logistic
 from benchmarks.processes import Memory, import_ratio, nystrom_memory
+from benchmarks.unrolling import COUNTS, PEERS, Unrolling, copies_a_step
+from benchmarks.unrolling import measure as measure_unrolling
 from benchmarks.workloads import cnn, logistic, mlp
 
 MATVEC_GOAL = 1.6
@@ -28,6 +30,9 @@ IMPORT_GOAL = 1.10
 WORK_GOAL = 0.5
 TIME_GOAL = 1.2
 CHUNK_SIZE = 5
+GROWTH_GOAL = 1.2
+RECOMPUTE_GOAL = 1.6
+PEER_MEMORY_GOAL = 0.2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem in tqdm(_problems(options.quick), desc="convergence", leave=False)
     ]
     print_convergence(convergences)
+    counts = (2, 4) if options.quick else COUNTS
+    unrollings = measure_unrolling(counts, repeats, options.quick)
+    print_unrolling(unrollings, options.quick)
     seconds, ratio = import_ratio(3 if options.quick else 9)
     print("\n## Import\n")
     print(f"`import torch` {seconds:.2f} s; with `import hypergrad` × {ratio:.3f}", end="")
@@ -65,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "machine": machine,
             "costs": [asdict(cost) for cost in costs],
             "convergence": [asdict(convergence) for convergence in convergences],
+            "unrolling": [asdict(row) for row in unrollings],
             "import_ratio": ratio,
             "memory": [asdict(row) for row in memory],
         }
@@ -130,6 +139,51 @@ def _problems(quick: bool) -> list[Problem]:
     if quick:
         return [digits_logistic(1e-2), network(2)]
     return [*map(digits_logistic, (1e-2, 1e-3, 1e-4)), network(32)]
+
+
+def print_unrolling(rows: list[Unrolling], quick: bool) -> None:
+    """Print time and peak memory by method and number of steps, and what became of the goals."""
+    counts = list(rows[0].seconds)
+    print("\n## Unrolled SGD with momentum: 64-256-256-10, batch 2048, seconds and peak MiB\n")
+    heads = [f"{steps} steps, s" for steps in counts] + [f"{steps}, MiB" for steps in counts]
+    print(f"| method | {' | '.join(heads)} |")
+    print(f"| --- |{' ---: |' * len(heads)}")
+    for row in rows:
+        times = [f"{row.seconds[n]:.2f}" if n in row.seconds else "not run" for n in counts]
+        peaks = [f"{row.mebibytes[n]:.0f}" if row.mebibytes else "not measured" for n in counts]
+        print(f"| {row.method} | {' | '.join(times + peaks)} |")
+    by_name = {row.method: row for row in rows}
+    graph, recompute = by_name["graph"], by_name["recompute"]
+    peers = [row for row in rows if row.method in PEERS]
+    last = counts[-1]
+    ratio = recompute.seconds[last] / graph.seconds[last]
+    print(
+        f"\nrecompute by graph at {last} steps: time × {ratio:.2f} "
+        f"(goal ≤ {RECOMPUTE_GOAL}: {verdict(ratio, RECOMPUTE_GOAL)})"
+    )
+    if recompute.mebibytes:
+        growth = copies_a_step(recompute, quick)
+        print(
+            f"recompute grows by {growth:.2f} copies of parameters and momentum a step "
+            f"(goal ≤ {GROWTH_GOAL}: {verdict(growth, GROWTH_GOAL)})"
+        )
+    if not peers:
+        print(f"Peers that are not installed: {', '.join(PEERS)} (pip install '.[peers]')")
+        return
+    for steps in counts:
+        fastest = min(peers, key=lambda row, n=steps: row.seconds[n])  # type: ignore[misc]
+        against = graph.seconds[steps] / fastest.seconds[steps]
+        print(
+            f"graph by the fastest peer at {steps} steps, {fastest.method}: time × {against:.2f} "
+            f"(goal ≤ 1: {verdict(against, 1.0)})"
+        )
+    if recompute.mebibytes:
+        least = min(row.mebibytes[last] for row in peers)
+        part = recompute.mebibytes[last] / least
+        print(
+            f"recompute by the least memory of a peer at {last} steps: × {part:.2f} "
+            f"(goal ≤ {PEER_MEMORY_GOAL}: {verdict(part, PEER_MEMORY_GOAL)})"
+        )
 
 
 def print_memory(rows: list[Memory]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +13,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad as hg
+from benchmarks.memory import can_be_measured
+from benchmarks.processes import unroll_memory
 from benchmarks.timing import median_seconds
 from hypergrad.unroll import Memory
 
 Params = dict[str, Tensor]
 
+COUNTS = (10, 50, 200)
 MODES: tuple[Memory, ...] = ("graph", "recompute", "checkpoint", "forward")
 PEERS = ("higher", "torchopt")
 LR, MOMENTUM = 0.1, 0.9
@@ -110,24 +114,55 @@ def _torchopt(work: Task, steps: int) -> Tensor:
     return torch.autograd.grad(work.outer(params, hparams), hparams)[0]
 
 
-def seconds(steps: int, repeats: int, quick: bool, *, forward: bool) -> dict[str, float]:
-    """Median seconds of each method, all run alternately; ``forward`` mode only if asked for."""
+@dataclass(frozen=True)
+class Unrolling:
+    """What one method costs.
+
+    Attributes:
+        method: a memory mode, or a peer.
+        seconds: by the number of steps.
+        mebibytes: the peak by the number of steps; empty where it cannot be measured.
+    """
+
+    method: str
+    seconds: dict[int, float]
+    mebibytes: dict[int, float]
+
+
+def measure(counts: Sequence[int], repeats: int, quick: bool) -> list[Unrolling]:
+    """Time and peak memory of each method; forward mode, the slowest, is timed once a round."""
     work = task(quick)
-    methods = [method for method in available() if forward or method != "forward"]
-    return median_seconds(
-        {method: partial(hypergradient, work, method, steps) for method in methods}, repeats
-    )
+    expected = hypergradient(work, "graph", counts[0])
+    for method in available():
+        error = (hypergradient(work, method, counts[0]) - expected).norm() / expected.norm()
+        if error > 1e-3:
+            raise RuntimeError(f"{method} differs from the full graph by {float(error):.1e}")
+    seconds = {
+        steps: median_seconds(
+            {
+                method: partial(hypergradient, work, method, steps)
+                for method in available()
+                if method != "forward" or steps == counts[0]
+            },
+            max(3, repeats * counts[0] // steps),
+        )
+        for steps in counts
+    }
+    return [
+        Unrolling(
+            method,
+            {steps: found[method] for steps, found in seconds.items() if method in found},
+            {steps: unroll_memory(method, steps, quick) for steps in counts}
+            if can_be_measured()
+            else {},
+        )
+        for method in available()
+    ]
 
 
-def largest_difference(steps: int, quick: bool) -> float:
-    """The largest relative distance of any method's answer from that of the full graph."""
-    work = task(quick)
-    expected = hypergradient(work, "graph", steps)
-    answers = [hypergradient(work, method, steps) for method in available()]
-    return max(float((answer - expected).norm() / expected.norm()) for answer in answers)
-
-
-def copies(mebibytes: float, work: Task) -> float:
-    """``mebibytes`` in copies of the parameters and the optimiser's state, a momentum each."""
-    scalars = 2 * sum(tensor.numel() for tensor in work.params().values())
-    return mebibytes * 2**20 / (4 * scalars)
+def copies_a_step(row: Unrolling, quick: bool) -> float:
+    """The growth of the peak with the steps, in copies of parameters and momentum."""
+    few, many = sorted(row.mebibytes)[-2:]
+    grown = (row.mebibytes[many] - row.mebibytes[few]) / (many - few) * 2**20
+    scalars = 2 * sum(tensor.numel() for tensor in task(quick).params().values())
+    return grown / (4 * scalars)

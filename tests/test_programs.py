@@ -41,6 +41,15 @@ def test_the_constrained_example_matches_differences_and_lowers_the_loss() -> No
         assert float(after) < float(before)
 
 
+def test_a_learned_schedule_beats_the_best_constant_rate(tmp_path: Path) -> None:
+    picture = tmp_path / "schedule.png"
+    out = run("examples/learned_schedule.py", "--steps=25", f"--output={picture}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = {row[:22].strip(): row[22:].split() for row in out.splitlines() if row.endswith("%")}
+    learned, constant = rows["learned schedule"], rows["best constant rate"]
+    assert float(learned[0]) < 0.9 * float(constant[0])
+
+
 def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
     out = run("-m", "benchmarks", "--quick", f"--json={tmp_path / 'bench.json'}")
     for title in (
@@ -48,6 +57,7 @@ def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
         "A block of 10",
         "20 iterations of CG",
         "Work and time",
+        "Unrolled SGD",
         "Import",
         "Peak",
     ):
@@ -55,4 +65,6 @@ def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert len(figures["costs"]) == 3
     assert len(figures["convergence"]) == 2
+    methods = {row["method"] for row in figures["unrolling"]}
+    assert {"graph", "recompute", "checkpoint", "forward"} <= methods
     assert all(cost["hypergradient_ratio"] > 0 for cost in figures["costs"])
