@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,bench]'
 	touch $@
 
-demo: $(STAMP) ## Tune a weight decay per feature on real data: tables, and a picture in examples/figures
+demo: $(STAMP) ## Tune weight decays and learning rates on real data: tables, and pictures in examples/figures
 	$(BIN)/python examples/weight_decay.py
+	$(BIN)/python examples/learned_schedule.py
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest

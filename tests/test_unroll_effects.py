@@ -210,6 +210,19 @@ def test_a_jacobian_may_be_pulled_back_in_one_batch(memory: Any) -> None:
     torch.testing.assert_close(together, torch.stack(rows))
 
 
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint", "forward"])
+def test_a_tensor_that_inner_closes_over_is_not_a_constant_in_silence(memory: Any) -> None:
+    hidden, start = leaf(2.0), torch.ones(2, dtype=torch.float64)
+    inner = lambda w, c: hidden * c * w.square().sum()  # noqa: E731
+    with pytest.warns(hg.HypergradWarning, match="neither in params nor in hparams"):
+        hg.unroll(inner, opt.SGD(lr=0.1), start, leaf(1.0), 2, memory=memory)
+    averaged = hg.Averaged(lambda w, c, b: b * inner(w, c), [1.0, 2.0])
+    with pytest.warns(hg.HypergradWarning, match="neither in params nor in hparams"):
+        hg.unroll(averaged, opt.SGD(lr=0.1), start, leaf(1.0), 2, memory=memory)
+    end = hg.unroll(inner, opt.SGD(lr=0.1), start, leaf(1.0), 2, memory="graph")
+    assert torch.autograd.grad(end.sum(), hidden)[0] != 0.0
+
+
 class OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -243,7 +256,7 @@ def test_an_operation_without_second_derivative_is_named_or_replaced() -> None:
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_the_step_where_a_value_stops_being_finite_is_named(memory: Any) -> None:
     """lr · curvature = 1e30 a step: parameters overflow float32 in the second."""
-    model = nn.BatchNorm1d(2)
+    model = nn.BatchNorm1d(2, affine=False)
     before = copy.deepcopy(model.state_dict())
     X = torch.randn(8, 2)
 

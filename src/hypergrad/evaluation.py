@@ -7,6 +7,7 @@ kernels and the eager functions stand in for them.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
@@ -84,19 +85,41 @@ def evaluate_outputs(
 def leaving_no_trace(*, twice: bool) -> Iterator[None]:
     """Gradients on and module buffers isolated.
 
-    With ``twice`` also what a second derivative needs: math attention, compiled functions in eager
-    stance. Graphs that recompute in their backward pass (checkpointing) need it there again.
+    With ``twice`` also :func:`twice_differentiable`, which graphs that recompute in their backward
+    pass (checkpointing) need there again.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(isolated_buffers())
         if twice:
+            stack.enter_context(twice_differentiable())
+        yield
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Math attention, and compiled functions in eager stance; free inside another such context."""
+    if _this_thread.differentiating_twice:
+        yield
+        return
+    _this_thread.differentiating_twice = True
+    try:
+        with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+            yield
+    finally:
+        _this_thread.differentiating_twice = False
+
+
+class _ThreadState(threading.local):
+    differentiating_twice = False
+
+
+_this_thread = _ThreadState()
 
 
 def fresh_leaves(tree: Tree) -> Tree:

@@ -25,6 +25,7 @@ from hypergrad.checks import (
 )
 from hypergrad.errors import LinearSolveWarning
 from hypergrad.evaluation import Objective, fresh_leaves
+from hypergrad.isolation import isolated_buffers
 from hypergrad.linsolve import (
     CG,
     LinearSolveError,
@@ -195,7 +196,8 @@ def hypergradient(
         check_like(x0, params, "x0", "params")
     check_choice(on_failure, "on_failure", get_args(OnFailure))
 
-    with torch.inference_mode(False), torch.no_grad():
+    # One isolation for all products: each costs as much as a few kernels.
+    with torch.inference_mode(False), torch.no_grad(), isolated_buffers():
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
         outer_value, rhs, direct = value_and_gradients(outer, theta, phi, "outer")
         exact = hessian(inner, params, hparams, mode=mode)

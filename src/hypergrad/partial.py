@@ -17,13 +17,10 @@ def partial_gradient(
     function: Callable[[Tensors], Tensor],
     tensors: Tensors,
     needed: Sequence[bool] | None = None,
-    *,
-    check: bool = True,
 ) -> list[Tensor]:
     """The partial derivatives of a scalar function in the tensors that are needed, with a graph.
 
-    What else in the function hangs on the same tensors is held fixed. Without ``check`` an
-    operation that cuts the graph is not looked for.
+    What else in the function hangs on the same tensors is held fixed.
 
     Raises:
         DoubleBackwardError: an operation cuts the graph.
@@ -47,8 +44,7 @@ def partial_gradient(
         if not value.requires_grad:
             return [torch.zeros_like(t) for t in views]
         grads = gradient(value, views, create_graph=True)
-        if check:
-            check_differentiable([grad for grad in grads if grad is not None], [value], views)
+        check_differentiable([grad for grad in grads if grad is not None], [value], views)
         return list(filled(grads, views))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.errors import NonFiniteError
-from hypergrad.isolation import Buffers, RandomState
+from hypergrad.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.partial import inside_a_transform
 
 
@@ -109,33 +109,34 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        twice = torch.is_grad_enabled()
-        needed = ctx.needs_input_grad[1:]
-        # A view is a tensor of its own, and leads back to the input where that has a graph.
-        inputs = [
-            tensor.view_as(tensor) if twice and tensor.requires_grad
-            else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]  # fmt: skip
-        outputs = ctx.call.again(inputs, twice=twice)
-        pairs = [
-            (output, cotangent)
-            for output, cotangent in zip(outputs, cotangents, strict=True)
-            if cotangent is not None and output.requires_grad
-        ]
-        asked = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-        if not pairs:
-            return None, *[None] * len(inputs)
-        grads = torch.autograd.grad(
-            [output for output, _ in pairs],
-            asked,
-            [cotangent for _, cotangent in pairs],
-            create_graph=twice,
-            allow_unused=True,
-        )
-        ctx.call.check_finite([cotangent for _, cotangent in pairs], grads)
-        found = iter(grads)
-        return None, *[next(found) if need else None for need in needed]
+        # One isolation for all of it: each costs as much as a few kernels.
+        with isolated_buffers():
+            return None, *_pull_back(ctx, cotangents)
+
+
+def _pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    twice = torch.is_grad_enabled()
+    needed = ctx.needs_input_grad[1:]
+    # A view is a tensor of its own, and leads back to the input where that has a graph.
+    inputs = [
+        tensor.view_as(tensor) if twice and tensor.requires_grad
+        else tensor.detach().requires_grad_(need)
+        for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+    ]  # fmt: skip
+    outputs = ctx.call.again(inputs, twice=twice)
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    ends, given = zip(*pairs, strict=True)
+    asked = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    grads = torch.autograd.grad(ends, asked, given, create_graph=twice, allow_unused=True)
+    ctx.call.check_finite(given, grads)
+    found = iter(grads)
+    return [next(found) if need else None for need in needed]
 
 
 def _are_hidden(tensors: Sequence[Tensor]) -> bool:

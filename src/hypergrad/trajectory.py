@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from hypergrad import tree as tr
 from hypergrad.errors import NonFiniteError
-from hypergrad.evaluation import Objective, evaluate, fresh_leaves
+from hypergrad.evaluation import (
+    Objective,
+    evaluate,
+    filled,
+    fresh_leaves,
+    gradient,
+    leaving_no_trace,
+    twice_differentiable,
+)
 from hypergrad.isolation import Buffers, RandomState
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Hessian, Mode, hessian
@@ -48,7 +56,7 @@ class Steps:
     mode: Mode
     settings: Sequence[Sequence[Settings]] | None = None
 
-    def run(self, point: Point, hparams: Tree, buffers: Buffers, *, twice: bool = True) -> Point:
+    def run(self, point: Point, hparams: Tree, buffers: Buffers, *, twice: bool) -> Point:
         """All steps, leaving what graph they leave under the current grad mode.
 
         Args:
@@ -57,7 +65,7 @@ class Steps:
             buffers: of the modules that run.
             twice: whether the graph must carry second derivatives.
         """
-        with buffers.carried():
+        with buffers.carried(), twice_differentiable() if twice else nullcontext():
             for i in range(len(self.objectives)):
                 params, state = point
                 with naming_the_step(state.step):
@@ -101,20 +109,25 @@ class Steps:
         if self.first_order or not torch.is_grad_enabled():
             theta, phi = fresh_leaves(params), tr.detach(hparams)
             _, tree, _ = value_and_gradients(objective, theta, phi, "inner", state)
-        elif twice:
+        elif not twice:
+            operator = hessian(objective, params, hparams, mode=self.mode)
+            state = operator.random_state
+            leaves = (*tr.leaves(params), *tr.leaves(hparams))
+            tree = tr.unflatten_like(params, _Gradient.apply(operator, *leaves))
+        elif index == 0:
 
             def value(leaves: Tensors) -> Tensor:
                 theta = tr.unflatten_like(params, leaves)
                 return evaluate(objective, theta, hparams, state, "inner", twice=True)
 
-            # What the first step is made of, the others are.
-            grads = partial_gradient(value, tr.leaves(params), check=index == 0)
-            tree = tr.unflatten_like(params, grads)
+            tree = tr.unflatten_like(params, partial_gradient(value, tr.leaves(params)))
         else:
-            operator = hessian(objective, params, hparams, mode=self.mode)
-            state = operator.random_state
-            leaves = (*tr.leaves(params), *tr.leaves(hparams))
-            tree = tr.unflatten_like(params, _Gradient.apply(operator, *leaves))
+            # Iterates of our own: nothing else hangs on them, and what the first step is made of,
+            # which was looked through, the others are.
+            theta = tr.map_leaves(_requiring_grad, params)
+            found = evaluate(objective, theta, hparams, state, "inner", twice=True)
+            with leaving_no_trace(twice=True):
+                tree = filled(gradient(found, theta, create_graph=True), theta)
         state.advance()
         return tree
 
@@ -161,9 +174,11 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         vector = tr.unflatten_like(ctx.operator.like, cotangents)
         count = len(cotangents)
-        unneeded = len(ctx.needs_input_grad) - 1 - count
-        if not any(ctx.needs_input_grad[1 + count :]):
-            return None, *tr.leaves(ctx.operator.matvec(vector)), *[None] * unneeded
+        params, hparams = ctx.needs_input_grad[1 : 1 + count], ctx.needs_input_grad[1 + count :]
+        if not any(hparams):
+            return None, *tr.leaves(ctx.operator.matvec(vector)), *[None] * len(hparams)
+        if not any(params):
+            return None, *[None] * count, *tr.leaves(ctx.operator.vjp_outer(vector))
         return None, *tr.leaves(ctx.operator.vjp(vector))
 
 
@@ -190,6 +205,10 @@ def check_finite(params: Tree) -> None:
         f"{', '.join(guilty)} must stay finite, got an infinity or a NaN from the update; lower "
         "the learning rate"
     )
+
+
+def _requiring_grad(leaf: Tensor) -> Tensor:
+    return leaf if leaf.requires_grad else leaf.detach().requires_grad_()
 
 
 def _flat(objective: Objective, params: Tree, hparams: Tree) -> Any:

@@ -6,6 +6,7 @@ dg/dφ = ∂_φ g + (dθ_T/dφ)ᵀ ∂_θ g,   θ_{t+1}, s_{t+1} = update(∇_θ
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_choice, check_count, check_objective, check_tree
-from hypergrad.evaluation import Objective
+from hypergrad.errors import HypergradWarning
+from hypergrad.evaluation import Objective, evaluate
 from hypergrad.forward_unroll import run_forward
-from hypergrad.isolation import Buffers
+from hypergrad.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.minibatch import Averaged, Sampled, bind
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.partial import inside_a_transform
-from hypergrad.trajectory import Point, Steps
+from hypergrad.trajectory import Point, Steps, naming_the_step
 from hypergrad.tree import Tree
 
 Memory: TypeAlias = Literal["recompute", "graph", "checkpoint", "forward"]
@@ -67,6 +69,9 @@ def unroll(
     of training does, once: backward passes see the same dropout masks and buffers again and leave
     both alone. The buffers are written to the modules when the last step is done. Gradients use
     batch statistics where a module is in training mode; buffers are constants to all derivatives.
+
+    What ``inner`` closes over is a constant to all modes but ``"graph"``; a
+    :class:`HypergradWarning` says so if it requires gradients.
 
     Under ``torch.func.vmap`` (a batch of tasks) and the other transforms of ``torch.func``,
     ``memory="graph"`` is the one that works, and values are not checked.
@@ -142,22 +147,26 @@ def unroll(
         objectives = [_ignoring_hparams(objective, hparams) for objective in objectives]
         hparams = torch.zeros(1)
     buffers = Buffers()
-    skipped = 0 if truncate is None else max(0, len(objectives) - truncate)
-    if skipped:
-        head = Steps(optimizer, objectives[:skipped], first_order, mode)
-        with torch.no_grad():
-            point = head.run(_detached(point), tr.detach(hparams), buffers)
-    tail = Steps(optimizer, objectives[skipped:], first_order, mode)
-    if memory == "graph" or not torch.is_grad_enabled():
-        point = tail.run(point, hparams, buffers)
-    elif memory == "forward":
-        point = run_forward(
-            tail, point, hparams, buffers, directions=directions, generator=generator
-        )
-    else:
-        root = math.isqrt(len(tail.objectives) - 1) + 1
-        segment = root if memory == "checkpoint" else 1
-        point = tail.run_recomputed(point, hparams, buffers, segment=segment)
+    # One isolation for all steps: each costs as much as a few kernels.
+    with isolated_buffers():
+        skipped = 0 if truncate is None else max(0, len(objectives) - truncate)
+        if skipped:
+            head = Steps(optimizer, objectives[:skipped], first_order, mode)
+            with torch.no_grad():
+                point = head.run(_detached(point), tr.detach(hparams), buffers, twice=False)
+        tail = Steps(optimizer, objectives[skipped:], first_order, mode)
+        if memory == "graph" or not torch.is_grad_enabled():
+            point = tail.run(point, hparams, buffers, twice=torch.is_grad_enabled())
+        elif memory == "forward":
+            _warn_of_constants(tail, point, hparams, memory)
+            point = run_forward(
+                tail, point, hparams, buffers, directions=directions, generator=generator
+            )
+        else:
+            _warn_of_constants(tail, point, hparams, memory)
+            root = math.isqrt(len(tail.objectives) - 1) + 1
+            segment = root if memory == "checkpoint" else 1
+            point = tail.run_recomputed(point, hparams, buffers, segment=segment)
     point = _connected(point, tr.split((params, state.slots, hparams))[0])
     buffers.give_back()
     return point if return_state else point[0]
@@ -185,6 +194,25 @@ def _ignoring_hparams(objective: Objective, hparams: Tree) -> Objective:
         given = objective.objective
         return replace(objective, objective=lambda w, _, batch: given(w, hparams, batch))
     return lambda w, _: objective(w, hparams)
+
+
+def _warn_of_constants(steps: Steps, point: Point, hparams: Tree, memory: Memory) -> None:
+    """Warn if the first objective uses tensors whose gradients would be missing in silence."""
+    objective = steps.objectives[0]
+    if isinstance(objective, Averaged):
+        _, objective = next(objective.parts())
+    params = tr.detach(point[0])
+    state = RandomState(params, hparams)
+    with naming_the_step(point[1].step):
+        value = evaluate(objective, params, tr.detach(hparams), state, "inner")
+    if value.requires_grad:
+        warnings.warn(
+            "inner uses tensors that require gradients and are neither in params nor in hparams: "
+            f"with memory={memory!r} they count as constants; put them into hparams, or detach "
+            "them, or use memory='graph'",
+            HypergradWarning,
+            stacklevel=3,
+        )
 
 
 def _detached(point: Point) -> Point:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.evaluation import Objective, filled, fresh_leaves
+from hypergrad.evaluation import Objective, filled, fresh_leaves, gradient
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
@@ -107,9 +107,9 @@ def unrolled_hypergradient(
         )
         end = fresh_leaves(theta)
         value, cotangent, direct = value_and_gradients(outer, end, phi, "outer")
-        through = torch.autograd.grad(
-            tr.leaves(theta), tr.leaves(phi), tr.leaves(cotangent), allow_unused=True
-        )
+        # From one scalar: from many roots at once the engine holds more of the graph (measured on
+        # an MLP with memory="graph": 34 MiB more, of 80).
+        through = gradient(tr.dot(theta, cotangent), phi)
     grads = tr.add(direct, filled(through, phi))
     slots, rebuild = tr.split(state.slots)
     state = State(state.step, rebuild([tensor.detach() for tensor in slots]))
