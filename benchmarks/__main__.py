@@ -156,10 +156,12 @@ def print_unrolling(rows: list[Unrolling], quick: bool) -> None:
     graph, recompute = by_name["graph"], by_name["recompute"]
     peers = [row for row in rows if row.method in PEERS]
     last = counts[-1]
-    ratio = recompute.seconds[last] / graph.seconds[last]
+    ratio, checkpoint = (
+        by_name[mode].seconds[last] / graph.seconds[last] for mode in ("recompute", "checkpoint")
+    )
     print(
         f"\nrecompute by graph at {last} steps: time × {ratio:.2f} "
-        f"(goal ≤ {RECOMPUTE_GOAL}: {verdict(ratio, RECOMPUTE_GOAL)})"
+        f"(goal ≤ {RECOMPUTE_GOAL}: {verdict(ratio, RECOMPUTE_GOAL)}); checkpoint × {checkpoint:.2f}"
     )
     if recompute.mebibytes:
         growth = copies_a_step(recompute, quick)

@@ -190,7 +190,7 @@ def _sum_of_squares(x: Tree, unit: float) -> float:
         wide = torch.float32 if leaf.device.type == "mps" else torch.float64
         scaled = leaf if unit == 1.0 else leaf.to(wide) / unit
         squares.append(torch.linalg.vector_norm(scaled, dtype=wide).square())
-    return float(_total(squares))
+    return _total(squares).item()
 
 
 def _total(scalars: list[Tensor]) -> Tensor:
