@@ -161,7 +161,8 @@ def print_unrolling(rows: list[Unrolling], quick: bool) -> None:
     )
     print(
         f"\nrecompute by graph at {last} steps: time × {ratio:.2f} "
-        f"(goal ≤ {RECOMPUTE_GOAL}: {verdict(ratio, RECOMPUTE_GOAL)}); checkpoint × {checkpoint:.2f}"
+        f"(goal ≤ {RECOMPUTE_GOAL}: {verdict(ratio, RECOMPUTE_GOAL)}); "
+        f"checkpoint by graph: time × {checkpoint:.2f}"
     )
     if recompute.mebibytes:
         growth = copies_a_step(recompute, quick)

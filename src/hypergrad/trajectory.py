@@ -143,11 +143,8 @@ class _Segment:
     def name(self) -> str:
         """Which steps these are."""
         last = self.first + len(self.steps.objectives) - 1
-        return (
-            f"step {last} of the inner loop"
-            if last == self.first
-            else (f"steps {self.first} to {last} of the inner loop")
-        )
+        which = f"step {last}" if last == self.first else f"steps {self.first} to {last}"
+        return f"{which} of the inner loop"
 
     def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
         params, slots, hparams, settings = inputs
