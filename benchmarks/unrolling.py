@@ -22,6 +22,7 @@ Params = dict[str, Tensor]
 
 COUNTS = (10, 50, 200)
 MODES: tuple[Memory, ...] = ("graph", "recompute", "checkpoint", "forward")
+FORWARD_PRODUCTS = "recompute, forward over reverse"
 PEERS = ("higher", "torchopt")
 LR, MOMENTUM = 0.1, 0.9
 
@@ -72,7 +73,7 @@ def task(quick: bool = False) -> Task:
 
 def available() -> list[str]:
     """The memory modes, and the peers that are installed."""
-    return [*MODES, *(peer for peer in PEERS if importlib.util.find_spec(peer))]
+    return [*MODES, FORWARD_PRODUCTS, *(peer for peer in PEERS if importlib.util.find_spec(peer))]
 
 
 def hypergradient(work: Task, method: str, steps: int) -> Tensor:
@@ -82,7 +83,10 @@ def hypergradient(work: Task, method: str, steps: int) -> Tensor:
     if method == "torchopt":
         return _torchopt(work, steps)
     optimizer = hg.optimizers.SGD(lr=LR, momentum=MOMENTUM)
-    unrolled = hg.Unrolled(optimizer, steps, memory=method)  # type: ignore[arg-type]
+    if method == FORWARD_PRODUCTS:
+        unrolled = hg.Unrolled(optimizer, steps, mode="forward")
+    else:
+        unrolled = hg.Unrolled(optimizer, steps, memory=method)  # type: ignore[arg-type]
     result = hg.hypergradient(work.inner, work.outer, work.params(), work.hparams, method=unrolled)
     grads: Tensor = result.grads
     return grads
@@ -130,7 +134,7 @@ class Unrolling:
 
 
 def measure(counts: Sequence[int], repeats: int, quick: bool) -> list[Unrolling]:
-    """Time and peak memory of each method; forward mode, the slowest, is timed once a round."""
+    """Time and peak memory of each method; what is slow is timed at the fewest steps only."""
     work = task(quick)
     expected = hypergradient(work, "graph", counts[0])
     for method in available():
@@ -142,7 +146,7 @@ def measure(counts: Sequence[int], repeats: int, quick: bool) -> list[Unrolling]
             {
                 method: partial(hypergradient, work, method, steps)
                 for method in available()
-                if method != "forward" or steps == counts[0]
+                if steps == counts[0] or method not in ("forward", FORWARD_PRODUCTS)
             },
             max(3, repeats * counts[0] // steps),
         )

@@ -30,10 +30,11 @@ def from_torch(
     """The differentiable twin of a ``torch.optim`` optimiser: its groups, its state, its schedule.
 
     ``init`` of the twin takes the very tensors that ``optimizer`` holds, in any tree, such as
-    ``dict(model.named_parameters())``, and starts from a copy of what ``optimizer`` remembers of
-    each. A tensor that it does not hold stays as it is. ``optimizer`` and ``scheduler`` are not
-    changed. SGD, Adam, AdamW, RMSprop and Adagrad become their namesakes here; any other class that
-    has a ``differentiable=True`` runs itself, differentiable in gradients, parameters and state.
+    ``dict(model.named_parameters())``, and starts from a copy, made here, of what ``optimizer``
+    remembers of each. A tensor that it does not hold stays as it is. ``optimizer`` and
+    ``scheduler`` are not changed. SGD, Adam, AdamW, RMSprop and Adagrad become their namesakes
+    here; any other class that has a ``differentiable=True`` runs itself, differentiable in
+    gradients, parameters and state.
 
     Args:
         optimizer: the optimiser, before or after any number of steps.
@@ -71,7 +72,7 @@ def from_torch(
             options = {name: ahead.scheduled(i, name, value) for name, value in options.items()}
         groups.append(_rule(type(optimizer), options))
     held = tuple(
-        _Held(param, i, optimizer.state.get(param, {}))
+        _Held(param, i, _copied(optimizer.state.get(param, {})))
         for i, group in enumerate(optimizer.param_groups)
         for param in group["params"]
     )
@@ -80,7 +81,7 @@ def from_torch(
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """A tensor that the optimiser holds, its group, and what is remembered of it."""
+    """A tensor that the optimiser holds, its group, and a copy of what is remembered of it."""
 
     param: Tensor
     group: int
@@ -100,7 +101,7 @@ class FromTorch(Optimizer):
     held: Sequence[_Held]
 
     def init(self, params: Tree) -> State:
-        """A copy of the state of each of the optimiser's tensors.
+        """The state of each of the optimiser's tensors, as it was when the twin was made.
 
         Raises:
             TypeError, ValueError: ``params`` is no tree of floating-point tensors, or none of them
@@ -141,7 +142,7 @@ class FromTorch(Optimizer):
             if name == "step" and isinstance(slot.get("step"), int):
                 slot[name] = int(value)
             elif name in slot or isinstance(rule, TorchRule):
-                slot[name] = value.detach().clone() if isinstance(value, Tensor) else value
+                slot[name] = value
         return slot
 
 
@@ -228,6 +229,13 @@ class _Lookahead:
                 self._scheduler.step()
             self._seen.append(copy.deepcopy(self._groups))
         return self._seen[step]
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
 # Flags that say how PyTorch computes, not what.
