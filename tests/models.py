@@ -13,6 +13,20 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """A cube whose backward pass PyTorch cannot differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
 class FusedAttention(nn.Module):
     """Self-attention through `F.scaled_dot_product_attention`, or written out."""
 

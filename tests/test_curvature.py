@@ -8,6 +8,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+from models import OnceDifferentiable
 from optree.integrations.torch import tree_ravel
 from problems import mlp
 from torch import Tensor
@@ -237,18 +238,10 @@ def test_curvature_must_be_an_operator_of_the_right_space() -> None:
 
 
 def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**2
+    def cube(w: Tensor, h: Tensor) -> Tensor:
+        return OnceDifferentiable.apply(w)
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 2 * ctx.saved_tensors[0] * g
-
-    jacobian = Jacobian(lambda w, h: Once.apply(w), torch.ones(2), torch.ones(1), "model")
-    assert torch.equal(jacobian.pull(torch.ones(2)), 2 * torch.ones(2))
-    with pytest.raises(hg.DoubleBackwardError, match="Once"):
+    jacobian = Jacobian(cube, torch.ones(2), torch.ones(1), "model")
+    assert torch.equal(jacobian.pull(torch.ones(2)), 3 * torch.ones(2))
+    with pytest.raises(hg.DoubleBackwardError, match="OnceDifferentiable"):
         jacobian.push(torch.ones(2))

@@ -11,7 +11,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from models import CASES, Case, FusedAttention, bilevel, convolution, reference
+from models import CASES, Case, FusedAttention, OnceDifferentiable, bilevel, convolution, reference
 from problems import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -136,18 +136,6 @@ def test_the_attention_back_end_is_restored() -> None:
     hg.hypergradient(inner, outer, params, phi, damping=1.0)
     assert torch.backends.cuda.flash_sdp_enabled() is before
     assert torch.backends.cuda.math_sdp_enabled()
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * grad
 
 
 def test_a_once_differentiable_function_is_never_a_silent_zero() -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import optree
 import pytest
 import torch
+from problems import relative_error, spd_matrix
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from unrolled import LOOPS, MEMORIES, REVERSE, Loop, fresh, leaf, outer_value
 
 import hypergrad as hg
 from hypergrad import optimizers as opt
 from hypergrad import tree as tr
-from tests.problems import relative_error, spd_matrix
-from tests.unrolled import LOOPS, Loop
 
 
 def make_optimizer(name: str, lr: Tensor, eps: float = 1e-8) -> opt.Optimizer:
@@ -29,24 +29,6 @@ def make_optimizer(name: str, lr: Tensor, eps: float = 1e-8) -> opt.Optimizer:
 
 
 OPTIMIZERS = ["sgd", "adam", "schedule"]
-MEMORIES = ["recompute", "graph", "checkpoint", "forward"]
-REVERSE = MEMORIES[:3]
-
-
-def leaf(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
-
-
-def fresh(tree: Any) -> Any:
-    return optree.tree_map(lambda t: t.detach().clone().requires_grad_(), tree)
-
-
-def outer_value(loop: Loop, hparams: Any, optimizer: opt.Optimizer, **options: Any) -> Tensor:
-    torch.manual_seed(3)
-    params = options.pop("params", loop.params)
-    end = hg.unroll(loop.inner, optimizer, params, hparams, loop.batches, **options)
-    torch.manual_seed(4)
-    return loop.outer(end, hparams)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

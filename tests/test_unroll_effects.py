@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from models import OnceDifferentiable
+from problems import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from unrolled import MEMORIES, REVERSE, cnn, fresh, leaf, logistic, mlp, outer_value
 
 import hypergrad as hg
 from hypergrad import optimizers as opt
-from tests.problems import relative_error
-from tests.test_unroll import MEMORIES, REVERSE, fresh, leaf, outer_value
-from tests.unrolled import cnn, logistic, mlp
 
 
 def train_plainly(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[Any]) -> None:
@@ -221,18 +221,6 @@ def test_a_tensor_that_inner_closes_over_is_not_a_constant_in_silence(memory: An
         hg.unroll(averaged, opt.SGD(lr=0.1), start, leaf(1.0), 2, memory=memory)
     end = hg.unroll(inner, opt.SGD(lr=0.1), start, leaf(1.0), 2, memory="graph")
     assert torch.autograd.grad(end.sum(), hidden)[0] != 0.0
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * grad
 
 
 def test_an_operation_without_second_derivative_is_named_or_replaced() -> None:

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+
+import hypergrad as hg
+from hypergrad import optimizers as opt
 
 Tree = Any
 
@@ -98,3 +102,22 @@ def cnn() -> Loop:
 
 
 LOOPS: list[Callable[[], Loop]] = [logistic, mlp, cnn]
+
+MEMORIES = ["recompute", "graph", "checkpoint", "forward"]
+REVERSE = MEMORIES[:3]
+
+
+def leaf(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def fresh(tree: Any) -> Any:
+    return optree.tree_map(lambda t: t.detach().clone().requires_grad_(), tree)
+
+
+def outer_value(loop: Loop, hparams: Any, optimizer: opt.Optimizer, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    params = options.pop("params", loop.params)
+    end = hg.unroll(loop.inner, optimizer, params, hparams, loop.batches, **options)
+    torch.manual_seed(4)
+    return loop.outer(end, hparams)

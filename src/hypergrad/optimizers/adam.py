@@ -24,19 +24,15 @@ from hypergrad.optimizers.hyperparameters import (
 
 
 @dataclass(frozen=True, eq=False)
-class Adam(Uniform):
-    """``m ← β₁ m + (1 − β₁) g``, ``v ← β₂ v + (1 − β₂) g²``, ``θ ← θ − lr · m̂ / (√v̂ + ε)``.
-
-    ``m̂ = m / (1 − β₁ᵗ)``, ``v̂ = v / (1 − β₂ᵗ)``, ``g = ∇f + λθ`` (Kingma & Ba 2015). Step by step
-    that of ``torch.optim.Adam`` with the same arguments. Its derivatives are finite where a
-    gradient is zero.
+class Moments(Uniform):
+    """What Adam and AdamW share: hyperparameters, moments, and the step along them.
 
     Args:
         lr: the learning rate; it and the next three are numbers, tensors, trees or schedules, see
             :data:`hypergrad.optimizers.Hyperparameter`.
         betas: the pair (β₁, β₂).
         eps: ε.
-        weight_decay: λ, added to the gradient.
+        weight_decay: λ.
         amsgrad: use the largest v so far.
         maximize: go uphill.
 
@@ -52,11 +48,45 @@ class Adam(Uniform):
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        _check(self)
+        for name in ("lr", "eps", "weight_decay"):
+            check_hyperparameter(getattr(self, name), name)
+        betas: Any = self.betas
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+            raise TypeError(f"betas must be a pair of two hyperparameters, got {betas!r}")
+        for i, beta in enumerate(betas):
+            check_hyperparameter(beta, f"betas[{i}]", below=1.0)
+        check_flag(self.amsgrad, "amsgrad")
+        check_flag(self.maximize, "maximize")
 
     def new_slot(self, param: Tensor) -> Slot:
         """Zero moments."""
-        return _new_slot(param, self.amsgrad)
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in names}
+        return {"step": 0, **zeros}
+
+    def move(
+        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
+    ) -> tuple[Tensor, Slot]:
+        """``m``, ``v`` and ``θ`` after a gradient that decay was added to, or not."""
+        step = slot["step"] + 1
+        beta1, beta2 = settings["betas"]
+        m = moving_average(slot["exp_avg"], grad, beta1)
+        v = moving_square(slot["exp_avg_sq"], grad, beta2)
+        updated = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+        if self.amsgrad:
+            v = updated["max_exp_avg_sq"] = torch.maximum(slot["max_exp_avg_sq"], v)
+        denominator = root(v) / (1 - beta2**step) ** 0.5 + settings["eps"]
+        return plus_quotient(param, -settings["lr"] / (1 - beta1**step), m, denominator), updated
+
+
+@dataclass(frozen=True, eq=False)
+class Adam(Moments):
+    """``m ← β₁ m + (1 − β₁) g``, ``v ← β₂ v + (1 − β₂) g²``, ``θ ← θ − lr · m̂ / (√v̂ + ε)``.
+
+    ``m̂ = m / (1 − β₁ᵗ)``, ``v̂ = v / (1 − β₂ᵗ)``, ``g = ∇f + λθ`` (Kingma & Ba 2015). Step by step
+    that of ``torch.optim.Adam`` with the same arguments. Its derivatives are finite where a
+    gradient is zero. Arguments and errors are those of :class:`Moments`.
+    """
 
     def update_leaf(
         self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
@@ -65,40 +95,18 @@ class Adam(Uniform):
         grad = -grad if self.maximize else grad
         if present(settings["weight_decay"]):
             grad = plus(grad, settings["weight_decay"], param)
-        return _update(param, grad, slot, settings, self.amsgrad)
+        return self.move(param, grad, slot, settings)
 
 
 @dataclass(frozen=True, eq=False)
-class AdamW(Uniform):
+class AdamW(Moments):
     """As :class:`Adam`, with the weight decay on its own: ``θ ← (1 − lr · λ) θ`` before each step.
 
     Loshchilov & Hutter 2019; step by step that of ``torch.optim.AdamW`` with the same arguments.
-
-    Args:
-        lr: the learning rate.
-        betas: the pair (β₁, β₂).
-        eps: ε.
-        weight_decay: λ.
-        amsgrad: use the largest v so far.
-        maximize: go uphill.
-
-    Raises:
-        TypeError, ValueError: a hyperparameter of the wrong kind or out of its range.
+    Arguments and errors are those of :class:`Moments`, with a ``weight_decay`` of 0.01 unless told.
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
     weight_decay: Hyperparameter = 1e-2
-    amsgrad: bool = False
-    maximize: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def new_slot(self, param: Tensor) -> Slot:
-        """Zero moments."""
-        return _new_slot(param, self.amsgrad)
 
     def update_leaf(
         self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
@@ -107,36 +115,4 @@ class AdamW(Uniform):
         grad = -grad if self.maximize else grad
         if present(settings["weight_decay"]):
             param = times(param, 1 - settings["lr"] * settings["weight_decay"])
-        return _update(param, grad, slot, settings, self.amsgrad)
-
-
-def _check(optimizer: Adam | AdamW) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        check_hyperparameter(getattr(optimizer, name), name)
-    betas: Any = optimizer.betas
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
-        raise TypeError(f"betas must be a pair of two hyperparameters, got {betas!r}")
-    for i, beta in enumerate(betas):
-        check_hyperparameter(beta, f"betas[{i}]", below=1.0)
-    check_flag(optimizer.amsgrad, "amsgrad")
-    check_flag(optimizer.maximize, "maximize")
-
-
-def _new_slot(param: Tensor, amsgrad: bool) -> Slot:
-    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
-    zeros = {name: torch.zeros_like(param, requires_grad=False) for name in names}
-    return {"step": 0, **zeros}
-
-
-def _update(
-    param: Tensor, grad: Tensor, slot: Slot, settings: Settings, amsgrad: bool
-) -> tuple[Tensor, Slot]:
-    step = slot["step"] + 1
-    beta1, beta2 = settings["betas"]
-    m = moving_average(slot["exp_avg"], grad, beta1)
-    v = moving_square(slot["exp_avg_sq"], grad, beta2)
-    updated = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-    if amsgrad:
-        v = updated["max_exp_avg_sq"] = torch.maximum(slot["max_exp_avg_sq"], v)
-    denominator = root(v) / (1 - beta2**step) ** 0.5 + settings["eps"]
-    return plus_quotient(param, -settings["lr"] / (1 - beta1**step), m, denominator), updated
+        return self.move(param, grad, slot, settings)
