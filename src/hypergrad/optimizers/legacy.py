@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +20,8 @@ def diff_sgd(
     lr: float | Tensor,
     dampening: float | Tensor = 0,
     nesterov: bool = False,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """One step of :class:`hypergrad.optimizers.SGD` on lists.
+) -> tuple[Any, list[Tensor | None]]:
+    """One step of :class:`hypergrad.optimizers.SGD` on lists or tuples.
 
     0.0.1 cuts the gradient of the first momentum step; this does not. The lists that are given stay
     as they are.
@@ -36,7 +37,7 @@ def diff_sgd(
         nesterov: look ahead.
 
     Returns:
-        The next parameters and momentum buffers.
+        The next parameters, a tuple if ``params`` is one, or else a list; the momentum buffers.
 
     Raises:
         TypeError, ValueError: see :class:`hypergrad.optimizers.SGD`; the lists differ in length.
@@ -44,5 +45,6 @@ def diff_sgd(
     optimizer = SGD(lr, momentum, dampening, weight_decay, nesterov)
     buffers = [None] * len(params) if state is None else list(state)
     slots = State(0, [{"momentum_buffer": buffer} for buffer in buffers])
-    updated, after = optimizer.update(list(grads), slots, list(params))
+    kind = tuple if isinstance(params, tuple) else list
+    updated, after = optimizer.update(kind(grads), slots, kind(params))
     return updated, [slot["momentum_buffer"] for slot in after.slots]
