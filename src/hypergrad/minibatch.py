@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -79,6 +80,24 @@ class Averaged:
         if empty:
             raise ValueError("batches must hold at least one batch, got none")
 
+    def replayed_parts(
+        self, random_state: RandomState, *trees: Tree
+    ) -> Generator[tuple[float, Objective, RandomState]]:
+        """:meth:`parts`, and the random state of each in a replay of ``random_state``.
+
+        Each is to be evaluated before the next is asked for. To be closed where the loop may end
+        early: the caller's random state is put back then.
+
+        Args:
+            random_state: of the first part.
+            trees: what the parts are evaluated on, for their devices.
+        """
+        with random_state.replayed():
+            for weight, part in self.parts():
+                here = RandomState(*trees)
+                yield weight, part, here
+                here.advance()
+
 
 class Sampled:
     """An objective that takes the next mini-batch each time it is evaluated, round and round.
@@ -140,11 +159,9 @@ def value_and_gradients(
     total = 0.0
     value = 0.0
     sums: Tree = None
-    with state.replayed():
-        for weight, part in objective.parts():
-            here = RandomState(params, hparams)
+    with closing(objective.replayed_parts(state, params, hparams)) as parts:
+        for weight, part, here in parts:
             part_value, *grads = _one_batch(part, params, hparams, here, name)
-            here.advance()
             total += weight
             value += weight * part_value
             scaled = tr.scale(tr.at_least_float32(tuple(grads)), weight)

@@ -5,51 +5,20 @@ New code that needs no loop calls :func:`hypergrad.hypergradient`.
 
 from __future__ import annotations
 
-import collections
 import copy
 import logging
-import statistics
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypergrad.checks import check_count
+from hypergrad.recorder import ForwardOutput, Recorder
 from hypergrad.utils import Params
 
-
-class ForwardOutput(NamedTuple):
-    """What ``inner_forward`` and ``outer_forward`` may return: a loss, and what came with it."""
-
-    loss: Tensor
-    output: Any = None
-
-
-class Recorder:
-    """Values by name: means since the last :meth:`flush`, and everything in :attr:`archive`."""
-
-    def __init__(self) -> None:
-        self._since_flush: dict[str, list[float]] = collections.defaultdict(list)
-        self._archive: dict[str, list[float]] = collections.defaultdict(list)
-
-    def add(self, name: str, value: float | Tensor) -> None:
-        """Record one value, a number or a tensor of one element."""
-        number = value.item() if isinstance(value, Tensor) else float(value)
-        self._since_flush[name].append(number)
-        self._archive[name].append(number)
-
-    def flush(self) -> dict[str, float]:
-        """The mean of each name since the last flush."""
-        means = {name: statistics.fmean(values) for name, values in self._since_flush.items()}
-        self._since_flush.clear()
-        return means
-
-    @property
-    def archive(self) -> dict[str, list[float]]:
-        """Every value of each name, as a copy."""
-        return {name: list(values) for name, values in self._archive.items()}
+__all__ = ["BaseImplicitSolver", "BaseSolver", "ForwardOutput", "Recorder"]
 
 
 class BaseSolver:

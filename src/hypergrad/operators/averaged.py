@@ -66,11 +66,10 @@ class AveragedHessian(Hessian):
         if self._kept:
             yield from self._kept
             return
-        with self.random_state.replayed():
-            for weight, objective in self._mean.parts():
-                here = RandomState(self._params, self._hparams)
-                yield weight, self._part(objective, self._params, self._hparams, here)
-                here.advance()
+        trees = self._params, self._hparams
+        with closing(self._mean.replayed_parts(self.random_state, *trees)) as parts:
+            for weight, objective, here in parts:
+                yield weight, self._part(objective, *trees, here)
 
 
 class SampledHessian(Hessian):
