@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from hypergrad import linsolve, operators, optimizers
+from hypergrad import first_order, linsolve, operators, optimizers
 from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.certificate import ErrorBound
@@ -87,6 +87,7 @@ __all__ = [
     "accumulate_grad",
     "argmin",
     "check",
+    "first_order",
     "fixed_point",
     "hypergradient",
     "linsolve",

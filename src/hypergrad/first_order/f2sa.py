@@ -1,0 +1,55 @@
+"""F2SA: a penalty that grows, and a copy of the inner parameters that follows the minimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_count, check_number
+from hypergrad.first_order.base import Directions, PenaltyMethod, PenaltyState, Problem
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class F2SA(PenaltyMethod):
+    """``ω ← ω − lr ∂_θ f(ω, φ)``, ``λ_k = penalty + growth · k``.
+
+    The bias is O(1 / λ): a constant λ stops beside the solution, a growing one goes on to it.
+    Kwon et al. 2023, *A fully first-order method for stochastic bilevel optimization*, Algorithm 1;
+    the direction for θ is divided by λ, so that one step size serves all k.
+
+    Args:
+        lr: step size of ω, as for plain training of the inner problem.
+        penalty: λ_0 > 0.
+        growth: of λ a step, ≥ 0.
+        inner_steps: steps of ω for each of θ and φ.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float
+    penalty: float = 1.0
+    growth: float = 0.1
+    inner_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_number(self.lr, "lr", above=0.0)
+        check_number(self.penalty, "penalty", above=0.0)
+        check_number(self.growth, "growth", at_least=0.0)
+        check_count(self.inner_steps, "inner_steps")
+
+    def follow(self, problem: Problem, params: Tree, state: PenaltyState) -> Directions:
+        """One step of Algorithm 1."""
+        penalty = self.penalty + self.growth * state.step
+        # At the ω of this step, not of the next: the lead of one step over θ would count λ-fold.
+        parts = problem.parts(params, state.params)
+        omega = problem.descend(state.params, self.lr, self.inner_steps)
+        return Directions(
+            params=tr.add(parts.inner, parts.outer, 1.0 / penalty),
+            hparams=tr.add(parts.direct, parts.gap, penalty),
+            state=PenaltyState(state.step + 1, omega),
+            inner_value=parts.inner_value,
+            outer_value=parts.outer_value,
+            multiplier=penalty,
+        )

@@ -1,0 +1,60 @@
+"""MEHA: a penalty on the gap to the Moreau envelope, for inner problems that are not convex."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_number
+from hypergrad.first_order.base import Directions, PenaltyMethod, PenaltyState, Problem
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class MEHA(PenaltyMethod):
+    """Descent on ``g / c_k + f(θ, φ) − v(θ, φ)``, ``v = min_ω f(ω, φ) + ‖ω − θ‖² / 2γ``.
+
+    ω takes one step on the envelope's problem, ``ω ← ω − lr (∂_θ f(ω, φ) + (ω − θ) / γ)``, and
+    ``c_k = penalty · (k + 1)^power``. Liu et al. 2024, *Moreau envelope for nonconvex bi-level
+    optimization*, Algorithm 1. The direction for φ estimates the hypergradient divided by c_k.
+
+    Args:
+        lr: step size of ω.
+        gamma: γ > 0; below ``1 / μ`` for an f that is μ-weakly convex in θ.
+        penalty: c_0 > 0.
+        power: of the growth of c, in [0, 1/2).
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float
+    gamma: float = 1.0
+    penalty: float = 10.0
+    power: float = 0.49
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "gamma", "penalty"):
+            check_number(getattr(self, name), name, above=0.0)
+        check_number(self.power, "power", at_least=0.0)
+        if self.power >= 0.5:
+            raise ValueError(f"power must be a number < 0.5, got {self.power}")
+
+    def follow(self, problem: Problem, params: Tree, state: PenaltyState) -> Directions:
+        """One step of Algorithm 1."""
+        here = tr.detach(params)
+        pull = tr.divide(tr.subtract(state.params, here), self.gamma)
+        slope = tr.add(problem.inner_gradient(state.params), pull)
+        omega = tr.add(state.params, slope, -self.lr)
+        parts = problem.parts(here, omega)
+        penalty = self.penalty * (state.step + 1) ** self.power
+        # ∂_θ v = (θ − ω) / γ
+        away = tr.divide(tr.subtract(here, omega), self.gamma)
+        return Directions(
+            params=tr.add(tr.subtract(parts.inner, away), parts.outer, 1.0 / penalty),
+            hparams=tr.add(parts.gap, parts.direct, 1.0 / penalty),
+            state=PenaltyState(state.step + 1, omega),
+            inner_value=parts.inner_value,
+            outer_value=parts.outer_value,
+            multiplier=penalty,
+        )

@@ -1,0 +1,51 @@
+"""V-PBGD: a constant penalty on the value-function gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_count, check_number
+from hypergrad.first_order.base import Directions, PenaltyMethod, PenaltyState, Problem
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class VPBGD(PenaltyMethod):
+    """Gradient descent on ``g + penalty · (f(θ, φ) − f(ω, φ))``, ω from ``inner_steps`` steps at θ.
+
+    Shen & Chen 2023, *On penalty-based bilevel gradient descent method*, with the value gap. Its
+    solution is off by O(1 / penalty). The direction for θ is divided by the penalty, so that the
+    step size is that of plain training of the inner problem.
+
+    Args:
+        lr: step size of ω.
+        penalty: γ of the paper, > 0.
+        inner_steps: steps of ω for each of θ and φ; what they leave of the inner problem unsolved
+            counts as solved, and biases the solution by that share.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float
+    penalty: float = 100.0
+    inner_steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_number(self.lr, "lr", above=0.0)
+        check_number(self.penalty, "penalty", above=0.0)
+        check_count(self.inner_steps, "inner_steps")
+
+    def follow(self, problem: Problem, params: Tree, state: PenaltyState) -> Directions:
+        """One step on the penalised problem."""
+        omega = problem.descend(params, self.lr, self.inner_steps)
+        parts = problem.parts(params, omega)
+        return Directions(
+            params=tr.add(parts.inner, parts.outer, 1.0 / self.penalty),
+            hparams=tr.add(parts.direct, parts.gap, self.penalty),
+            state=PenaltyState(state.step + 1, omega),
+            inner_value=parts.inner_value,
+            outer_value=parts.outer_value,
+            multiplier=self.penalty,
+        )
