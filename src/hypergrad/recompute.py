@@ -29,6 +29,7 @@ class Computation(Protocol):
     @property
     def name(self) -> str:
         """Such as "step 3"."""
+        ...
 
     def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
         """The outputs, any tree; gradients are enabled in the second run only.

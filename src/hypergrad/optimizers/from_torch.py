@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,8 +174,8 @@ class TorchRule(Uniform):
         """One step of an optimiser of its own for this leaf."""
         updated = param.clone()
         updated.grad = grad
-        make: Callable[..., torch.optim.Optimizer] = self.kind
-        optimizer = make([updated], **settings, differentiable=True)
+        make: Any = self.kind  # the classes differ in their arguments
+        optimizer: torch.optim.Optimizer = make([updated], **settings, differentiable=True)
         optimizer.state[updated].update(
             {
                 name: value.clone() if isinstance(value, Tensor) else value
