@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from hypergrad import first_order, linsolve, operators, optimizers
+from hypergrad import linsolve, operators, optimizers, single_loop
 from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.certificate import ErrorBound
@@ -87,12 +87,12 @@ __all__ = [
     "accumulate_grad",
     "argmin",
     "check",
-    "first_order",
     "fixed_point",
     "hypergradient",
     "linsolve",
     "operators",
     "optimizers",
     "root",
+    "single_loop",
     "unroll",
 ]

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
-from hypergrad.first_order.base import Directions, PenaltyMethod, PenaltyState, Problem
+from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class BOME(PenaltyMethod):
+class BOME(SingleLoop):
     """``∇g + λ ∇q`` with ``q = f(θ, φ) − f(ω, φ)``, ``λ = max(0, eta − ⟨∇g, ∇q⟩ / ‖∇q‖²)``.
 
     ω is ``inner_steps`` of gradient descent from θ and counts as a constant. λ is the least for
@@ -36,7 +37,11 @@ class BOME(PenaltyMethod):
         check_number(self.eta, "eta", above=0.0)
         check_count(self.inner_steps, "inner_steps")
 
-    def follow(self, problem: Problem, params: Tree, state: PenaltyState) -> Directions:
+    def first_companion(self, params: Tree) -> Tree:
+        """ω starts where θ does."""
+        return tr.clone(params)
+
+    def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of Algorithm 1."""
         omega = problem.descend(params, self.lr, self.inner_steps)
         parts = problem.parts(params, omega)
@@ -47,7 +52,7 @@ class BOME(PenaltyMethod):
         return Directions(
             params=tr.add(parts.outer, parts.inner, multiplier),
             hparams=tr.add(parts.direct, parts.gap, multiplier),
-            state=PenaltyState(state.step + 1, omega),
+            state=LoopState(state.step + 1, omega),
             inner_value=parts.inner_value,
             outer_value=parts.outer_value,
             multiplier=multiplier,

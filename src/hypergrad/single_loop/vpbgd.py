@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
-from hypergrad.first_order.base import Directions, PenaltyMethod, PenaltyState, Problem
+from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class VPBGD(PenaltyMethod):
+class VPBGD(SingleLoop):
     """Gradient descent on ``g + penalty · (f(θ, φ) − f(ω, φ))``, ω from ``inner_steps`` steps at θ.
 
     Shen & Chen 2023, *On penalty-based bilevel gradient descent method*, with the value gap. Its
@@ -37,14 +38,18 @@ class VPBGD(PenaltyMethod):
         check_number(self.penalty, "penalty", above=0.0)
         check_count(self.inner_steps, "inner_steps")
 
-    def follow(self, problem: Problem, params: Tree, state: PenaltyState) -> Directions:
+    def first_companion(self, params: Tree) -> Tree:
+        """ω starts where θ does."""
+        return tr.clone(params)
+
+    def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step on the penalised problem."""
         omega = problem.descend(params, self.lr, self.inner_steps)
         parts = problem.parts(params, omega)
         return Directions(
             params=tr.add(parts.inner, parts.outer, 1.0 / self.penalty),
             hparams=tr.add(parts.direct, parts.gap, self.penalty),
-            state=PenaltyState(state.step + 1, omega),
+            state=LoopState(state.step + 1, omega),
             inner_value=parts.inner_value,
             outer_value=parts.outer_value,
             multiplier=self.penalty,

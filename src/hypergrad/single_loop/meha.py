@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_number
-from hypergrad.first_order.base import Directions, PenaltyMethod, PenaltyState, Problem
+from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class MEHA(PenaltyMethod):
+class MEHA(SingleLoop):
     """Descent on ``g / c_k + f(θ, φ) − v(θ, φ)``, ``v = min_ω f(ω, φ) + ‖ω − θ‖² / 2γ``.
 
     ω takes one step on the envelope's problem, ``ω ← ω − lr (∂_θ f(ω, φ) + (ω − θ) / γ)``, and
@@ -40,20 +41,23 @@ class MEHA(PenaltyMethod):
         if self.power >= 0.5:
             raise ValueError(f"power must be a number < 0.5, got {self.power}")
 
-    def follow(self, problem: Problem, params: Tree, state: PenaltyState) -> Directions:
+    def first_companion(self, params: Tree) -> Tree:
+        """ω starts where θ does."""
+        return tr.clone(params)
+
+    def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of Algorithm 1."""
-        here = tr.detach(params)
-        pull = tr.divide(tr.subtract(state.params, here), self.gamma)
-        slope = tr.add(problem.inner_gradient(state.params), pull)
-        omega = tr.add(state.params, slope, -self.lr)
-        parts = problem.parts(here, omega)
+        pull = tr.divide(tr.subtract(state.companion, params), self.gamma)
+        slope = tr.add(problem.inner_gradient(state.companion), pull)
+        omega = tr.add(state.companion, slope, -self.lr)
+        parts = problem.parts(params, omega)
         penalty = self.penalty * (state.step + 1) ** self.power
         # ∂_θ v = (θ − ω) / γ
-        away = tr.divide(tr.subtract(here, omega), self.gamma)
+        away = tr.divide(tr.subtract(params, omega), self.gamma)
         return Directions(
             params=tr.add(tr.subtract(parts.inner, away), parts.outer, 1.0 / penalty),
             hparams=tr.add(parts.gap, parts.direct, 1.0 / penalty),
-            state=PenaltyState(state.step + 1, omega),
+            state=LoopState(state.step + 1, omega),
             inner_value=parts.inner_value,
             outer_value=parts.outer_value,
             multiplier=penalty,

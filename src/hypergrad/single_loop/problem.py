@@ -1,0 +1,80 @@
+"""A bilevel problem at one φ, as single loops look at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypergrad import tree as tr
+from hypergrad.evaluation import Objective, fresh_leaves
+from hypergrad.minibatch import value_and_gradients
+from hypergrad.operators import Hessian, Mode, hessian
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class Parts:
+    """First derivatives of both objectives at θ, and of the gap ``q = f(θ, φ) − f(ω, φ)``.
+
+    Penalised by λ, the bilevel problem ``min g`` where ``q ≤ 0`` has the derivatives
+    ``outer + λ inner`` in θ and ``direct + λ gap`` in φ.
+
+    Attributes:
+        inner_value: ``f(θ, φ)``.
+        outer_value: ``g(θ, φ)``.
+        inner: ``∂_θ f = ∂_θ q``.
+        gap: ``∂_φ q = ∂_φ f(θ, φ) − ∂_φ f(ω, φ)``.
+        outer: ``∂_θ g``.
+        direct: ``∂_φ g``.
+    """
+
+    inner_value: float
+    outer_value: float
+    inner: Tree
+    gap: Tree
+    outer: Tree
+    direct: Tree
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Derivatives of both objectives at one φ.
+
+    Attributes:
+        f: the inner objective.
+        g: the outer one.
+        hparams: φ.
+    """
+
+    f: Objective
+    g: Objective
+    hparams: Tree
+
+    def parts(self, params: Tree, omega: Tree) -> Parts:
+        """Both objectives at θ, and f at ω."""
+        f, f_theta, f_phi = self._at(self.f, params, "inner")
+        _, _, omega_phi = self._at(self.f, omega, "inner")
+        g, g_theta, g_phi = self.outer(params)
+        return Parts(f, g, f_theta, tr.subtract(f_phi, omega_phi), g_theta, g_phi)
+
+    def outer(self, params: Tree) -> tuple[float, Tree, Tree]:
+        """``g``, ``∂_θ g``, ``∂_φ g``."""
+        return self._at(self.g, params, "outer")
+
+    def inner_gradient(self, params: Tree) -> Tree:
+        """``∂_θ f``."""
+        return self._at(self.f, params, "inner")[1]
+
+    def descend(self, params: Tree, lr: float, steps: int) -> Tree:
+        """``params`` after gradient descent on f."""
+        for _ in range(steps):
+            params = tr.add(params, self.inner_gradient(params), -lr)
+        return params
+
+    def hessian(self, params: Tree, mode: Mode) -> Hessian:
+        """``∂²f/∂θ²``, with its outer side."""
+        return hessian(self.f, params, self.hparams, mode=mode)
+
+    def _at(self, objective: Objective, params: Tree, name: str) -> tuple[float, Tree, Tree]:
+        return value_and_gradients(
+            objective, fresh_leaves(params), fresh_leaves(self.hparams), name
+        )

@@ -1,0 +1,57 @@
+"""SOBA: θ, the solution of the linear system, and φ move together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_choice, check_number
+from hypergrad.operators import Mode
+from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.problem import Problem
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class SOBA(SingleLoop):
+    """``v ← v − lr (H v − ∂_θ g)`` beside ``∂_θ f`` for θ and ``∂_φ g − (∂_φ F)ᵀ v`` for φ.
+
+    One inner gradient, one Hessian product and one outer gradient a step; no bias: its stationary
+    points are those of the bilevel problem. Dagréou et al. 2022, *A framework for bilevel
+    optimization that enables stochastic and global variance reduction algorithms*.
+
+    Args:
+        lr: step size of v, below ``2 / λ_max(H)``; the paper takes that of θ.
+        mode: how the Hessian product is computed, see :func:`hypergrad.operators.hessian`.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        check_number(self.lr, "lr", above=0.0)
+        check_choice(self.mode, "mode", get_args(Mode))
+
+    def first_companion(self, params: Tree) -> Tree:
+        """V = 0."""
+        return tr.zeros_like(params)
+
+    def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
+        """One step of all three, each from where the last step ended."""
+        v = state.companion
+        operator = problem.hessian(params, self.mode)
+        gradient, value = operator.gradient, operator.value
+        product, mixed = operator.vjp(v)
+        outer_value, outer, direct = problem.outer(params)
+        residual = tr.subtract(product, outer)
+        return Directions(
+            params=gradient,
+            hparams=tr.subtract(direct, mixed),
+            state=LoopState(state.step + 1, tr.add(v, residual, -self.lr)),
+            inner_value=value,
+            outer_value=outer_value,
+        )
