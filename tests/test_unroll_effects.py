@@ -363,6 +363,8 @@ def test_the_method_and_the_implicit_options_exclude_each_other() -> None:
     at = torch.zeros(()), torch.zeros(())
     with pytest.raises(ValueError, match="method must come without the options of implicit"):
         hg.hypergradient(f, f, *at, method=hg.Unrolled(opt.SGD(), 3), damping=0.1)
+    with pytest.raises(TypeError, match="steps must be iterable again and again"):
+        hg.Unrolled(opt.SGD(), iter([1, 2]))
     with pytest.raises(TypeError, match=r"method must be hg\.Unrolled"):
         hg.hypergradient(f, f, *at, method="unrolled")
     with pytest.raises(TypeError, match=r"optimizer must be one of hypergrad\.optimizers"):

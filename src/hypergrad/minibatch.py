@@ -55,7 +55,7 @@ class Averaged:
 
     def __post_init__(self) -> None:
         check_objective(self.objective, "objective", "(params, hparams, batch)")
-        _check_batches(self.batches)
+        check_batches(self.batches, "batches")
 
     def __call__(self, params: Tree, hparams: Tree) -> Tensor:
         """The mean, as one graph of all batches."""
@@ -117,7 +117,7 @@ class Sampled:
 
     def __init__(self, objective: BatchObjective, batches: Iterable[Any]) -> None:
         check_objective(objective, "objective", "(params, hparams, batch)")
-        _check_batches(batches)
+        check_batches(batches, "batches")
         self._objective = objective
         self._stream = _round_and_round(batches)
 
@@ -196,9 +196,10 @@ def _round_and_round(batches: Iterable[Any]) -> Iterator[Any]:
             raise ValueError("batches must hold at least one batch, got none")
 
 
-def _check_batches(batches: Any) -> None:
+def check_batches(batches: Any, name: str) -> None:
+    """Raise ``TypeError`` unless ``batches`` can be iterated again and again."""
     if hasattr(batches, "__next__") or not hasattr(batches, "__iter__"):
         raise TypeError(
-            "batches must be iterable again and again, such as a list or a DataLoader, got "
+            f"{name} must be iterable again and again, such as a list or a DataLoader, got "
             f"{type(batches).__name__}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.evaluation import Objective, filled, fresh_leaves, gradient
-from hypergrad.minibatch import value_and_gradients
+from hypergrad.minibatch import check_batches, value_and_gradients
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.tree import Tree
@@ -36,6 +36,9 @@ class Unrolled:
         generator: for them.
         mode: how Hessian products are computed.
 
+    Raises:
+        TypeError: ``steps`` can be iterated only once.
+
     Example:
         >>> import torch, hypergrad as hg
         >>> f = lambda w, c: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2
@@ -55,6 +58,11 @@ class Unrolled:
     directions: int | None = None
     generator: torch.Generator | None = None
     mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        # A generator would be empty at the second call.
+        if not isinstance(self.steps, int):
+            check_batches(self.steps, "steps")
 
 
 @dataclass(frozen=True)
