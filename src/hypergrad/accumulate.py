@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hypergrad import tree as tr
 from hypergrad.checks import check_like, check_tree
 from hypergrad.tree import Tree
@@ -37,6 +39,11 @@ def accumulate_grad(hparams: Tree, grads: Tree) -> None:
                 f"is_leaf={leaf.is_leaf}, requires_grad={leaf.requires_grad}"
             )
     for leaf, grad in zip(tr.leaves(hparams), tr.leaves(grads), strict=True):
-        addend = grad.detach().to(leaf.dtype)
-        # Out of place: others may hold the present .grad, or share memory with `grads`.
-        leaf.grad = addend.clone() if leaf.grad is None else leaf.grad + addend
+        add_to_grad(leaf, grad)
+
+
+def add_to_grad(leaf: Tensor, grad: Tensor) -> None:
+    """``leaf.grad ← leaf.grad + grad``."""
+    addend = grad.detach().to(leaf.dtype)
+    # Out of place: others may hold the present .grad, or share memory with `grad`.
+    leaf.grad = addend.clone() if leaf.grad is None else leaf.grad + addend

@@ -12,7 +12,6 @@ Franceschi et al. 2017 (Forward-HG); Baydin et al. 2022 (random directions).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from hypergrad import block as bl
 from hypergrad import tree as tr
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.isolation import Buffers, RandomState
-from hypergrad.minibatch import Averaged, value_and_gradients
+from hypergrad.minibatch import value_and_gradients, with_arguments
 from hypergrad.operators import hessian
 from hypergrad.operators.kept_graph import pull_back_block
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.partial import Tensors
-from hypergrad.trajectory import Point, Steps, check_finite, naming_the_step
+from hypergrad.trajectory import Point, Steps, check_finite, detached, naming_the_step
 from hypergrad.tree import Tree
 
 
@@ -53,9 +52,10 @@ def run_forward(
     """
     params, state = point
     tangents = _Tangents(directions, generator)
-    start, rebuild = tr.split((params, state.slots))
+    start, _ = tr.split((params, state.slots))
     tangents.add([*start, *tr.leaves(hparams)])
-    params, slots = rebuild([tensor.detach() for tensor in start])
+    params, fixed = detached(point)
+    slots = fixed.slots
     blocks = [tangents.of(tensor) for tensor in start]
     for i, objective in enumerate(steps.objectives):
         number = state.step + i
@@ -168,19 +168,12 @@ def _gradient(
         return grads, tr.zeros_like(theta)
     # Copies, since θ and φ may be the same tensors.
     joint, none = (tr.detach(params), tr.detach(hparams)), torch.zeros(1)
-    operator = hessian(_of_both(objective), joint, none, mode=steps.mode)
+    of_both = with_arguments(objective, lambda pair, _: pair)
+    operator = hessian(of_both, joint, none, mode=steps.mode)
     grads, _ = operator.gradient
     products, _ = operator.matmat((theta, phi))
     operator.random_state.advance()
     return grads, products
-
-
-def _of_both(objective: Objective) -> Objective:
-    """``f(θ, φ)`` as a function of the pair."""
-    if isinstance(objective, Averaged):
-        given = objective.objective
-        return replace(objective, objective=lambda pair, _, batch: given(pair[0], pair[1], batch))
-    return lambda pair, _: objective(pair[0], pair[1])
 
 
 def _push(function: Callable[[Any], Any], inputs: Any, blocks: Tensors) -> tuple[Any, list[Tensor]]:

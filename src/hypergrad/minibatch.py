@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -119,7 +119,7 @@ class Sampled:
         check_objective(objective, "objective", "(params, hparams, batch)")
         check_batches(batches, "batches")
         self._objective = objective
-        self._stream = _round_and_round(batches)
+        self._stream = round_and_round(batches, "batches")
 
     def __call__(self, params: Tree, hparams: Tree) -> Tensor:
         """The objective on the next batch."""
@@ -186,14 +186,29 @@ def bind(objective: BatchObjective, batch: Any) -> Objective:
     return lambda params, hparams: objective(params, hparams, batch)
 
 
-def _round_and_round(batches: Iterable[Any]) -> Iterator[Any]:
+def with_arguments(
+    objective: Objective, arguments: Callable[[Tree, Tree], tuple[Tree, Tree]]
+) -> Objective:
+    """``f(*arguments(params, hparams))``; averaged over mini-batches where ``f`` is."""
+    if isinstance(objective, Averaged):
+        given = objective.objective
+        return replace(objective, objective=lambda w, h, batch: given(*arguments(w, h), batch))
+    return lambda w, h: objective(*arguments(w, h))
+
+
+def round_and_round(batches: Iterable[Any], name: str) -> Iterator[Any]:
+    """The batches for ever, iterating anew each time they end.
+
+    Raises:
+        ValueError: there is none.
+    """
     while True:
         empty = True
         for batch in batches:
             empty = False
             yield batch
         if empty:
-            raise ValueError("batches must hold at least one batch, got none")
+            raise ValueError(f"{name} must hold at least one batch, got none")
 
 
 def check_batches(batches: Any, name: str) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypergrad.accumulate import add_to_grad
 from hypergrad.checks import check_count
+from hypergrad.minibatch import round_and_round
 from hypergrad.recorder import ForwardOutput, Recorder
 from hypergrad.utils import Params
 
@@ -94,8 +96,8 @@ class BaseSolver:
         self._log_freq = log_freq
         self._functorch_requires_grad = functorch_requires_grad
         # Held: a new iterator at each access would give the first batch for ever.
-        self._inner_batches = _endless(inner_loader, "inner_loader", self.device)
-        self._outer_batches = _endless(outer_loader, "outer_loader", self.device)
+        self._inner_batches = self._endless(inner_loader, "inner_loader")
+        self._outer_batches = self._endless(outer_loader, "outer_loader")
         self._global_step = self._inner_step = self._outer_step = 0
         self.reset_inner_model()
 
@@ -183,6 +185,9 @@ class BaseSolver:
         self.logger.info(
             "[inner step %d] (outer step %d) %s", self.inner_step - 1, self.outer_step, values
         )
+
+    def _endless(self, loader: Iterable[Any], name: str) -> Iterator[Any]:
+        return (_on(self.device, batch) for batch in round_and_round(loader, name))
 
     # The names of the wheel, where the documentation has those above.
     @property
@@ -286,22 +291,11 @@ class BaseImplicitSolver(BaseSolver):
                 f"{given}, expected {expected}"
             )
         for parameter, grad in zip(parameters, grads, strict=True):
-            addend = grad.detach().to(parameter.dtype)
-            parameter.grad = addend.clone() if parameter.grad is None else parameter.grad + addend
+            add_to_grad(parameter, grad)
 
     def set_out_grad(self, grads: Params) -> None:
         """``outer_grad = grads``, the wheel's name for it."""
         self.outer_grad = grads
-
-
-def _endless(loader: Iterable[Any], name: str, device: torch.device) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield _on(device, batch)
-        if empty:
-            raise ValueError(f"{name} must hold at least one batch each time round, got none")
 
 
 def _on(device: torch.device, batch: Any) -> Any:

@@ -179,6 +179,13 @@ class _Gradient(torch.autograd.Function):
         return None, *tr.leaves(ctx.operator.vjp(vector))
 
 
+def detached(point: Point) -> Point:
+    """The same values, cut from any autograd graph."""
+    tensors, rebuild = tr.split((point[0], point[1].slots))
+    params, slots = rebuild([tensor.detach() for tensor in tensors])
+    return params, State(point[1].step, slots)
+
+
 @contextmanager
 def naming_the_step(step: int) -> Iterator[None]:
     """Say in which step something became infinite or NaN."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -20,11 +19,11 @@ from hypergrad.errors import HypergradWarning
 from hypergrad.evaluation import Objective, evaluate
 from hypergrad.forward_unroll import run_forward
 from hypergrad.isolation import Buffers, RandomState, isolated_buffers
-from hypergrad.minibatch import Averaged, Sampled, bind
+from hypergrad.minibatch import Averaged, Sampled, bind, with_arguments
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.partial import inside_a_transform
-from hypergrad.trajectory import Point, Steps, naming_the_step
+from hypergrad.trajectory import Point, Steps, detached, naming_the_step
 from hypergrad.tree import Tree
 
 Memory: TypeAlias = Literal["recompute", "graph", "checkpoint", "forward"]
@@ -154,7 +153,7 @@ def unroll(
         if skipped:
             head = Steps(optimizer, objectives[:skipped], first_order, mode)
             with torch.no_grad():
-                point = head.run(_detached(point), tr.detach(hparams), buffers, twice=False)
+                point = head.run(detached(point), tr.detach(hparams), buffers, twice=False)
         tail = Steps(optimizer, objectives[skipped:], first_order, mode)
         if memory == "graph" or not torch.is_grad_enabled():
             point = tail.run(point, hparams, buffers, twice=torch.is_grad_enabled())
@@ -191,10 +190,7 @@ def _objectives(inner: Any, steps: int | Iterable[Any]) -> Sequence[Objective]:
 
 def _ignoring_hparams(objective: Objective, hparams: Tree) -> Objective:
     """``objective`` at the empty tree that the caller gave, whatever is passed in its place."""
-    if isinstance(objective, Averaged):
-        given = objective.objective
-        return replace(objective, objective=lambda w, _, batch: given(w, hparams, batch))
-    return lambda w, _: objective(w, hparams)
+    return with_arguments(objective, lambda params, _: (params, hparams))
 
 
 def _warn_of_constants(steps: Steps, point: Point, hparams: Tree, memory: Memory) -> None:
@@ -214,12 +210,6 @@ def _warn_of_constants(steps: Steps, point: Point, hparams: Tree, memory: Memory
             HypergradWarning,
             stacklevel=3,
         )
-
-
-def _detached(point: Point) -> Point:
-    tensors, rebuild = tr.split((point[0], point[1].slots))
-    params, slots = rebuild([tensor.detach() for tensor in tensors])
-    return params, State(point[1].step, slots)
 
 
 def _connected(point: Point, inputs: Sequence[Tensor]) -> Point:

@@ -14,6 +14,7 @@ from hypergrad.evaluation import Objective, filled, fresh_leaves, gradient
 from hypergrad.minibatch import check_batches, value_and_gradients
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
+from hypergrad.trajectory import detached
 from hypergrad.tree import Tree
 from hypergrad.unroll import Memory, unroll
 
@@ -119,6 +120,4 @@ def unrolled_hypergradient(
         # an MLP with memory="graph": 34 MiB more, of 80).
         through = gradient(tr.dot(theta, cotangent), phi)
     grads = tr.add(direct, filled(through, phi))
-    slots, rebuild = tr.split(state.slots)
-    state = State(state.step, rebuild([tensor.detach() for tensor in slots]))
-    return UnrolledHypergradient(grads, tr.detach(end), state, value)
+    return UnrolledHypergradient(grads, *detached((theta, state)), value)

@@ -13,9 +13,8 @@ from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
     check_hyperparameter,
-    plus,
+    descent_gradient,
     plus_quotient,
-    present,
     root,
 )
 
@@ -62,9 +61,7 @@ class Adagrad(Uniform):
         self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
     ) -> tuple[Tensor, Slot]:
         """One step of one leaf."""
-        grad = -grad if self.maximize else grad
-        if present(settings["weight_decay"]):
-            grad = plus(grad, settings["weight_decay"], param)
+        grad = descent_gradient(grad, param, settings)
         lr = settings["lr"] / (1 + slot["step"] * settings["lr_decay"])
         total = torch.addcmul(slot["sum"], grad, grad)
         denominator = root(total) + settings["eps"]

@@ -13,9 +13,9 @@ from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
     check_hyperparameter,
+    descent_gradient,
     moving_average,
     moving_square,
-    plus,
     plus_quotient,
     present,
     root,
@@ -92,9 +92,7 @@ class Adam(Moments):
         self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
     ) -> tuple[Tensor, Slot]:
         """One step of one leaf."""
-        grad = -grad if self.maximize else grad
-        if present(settings["weight_decay"]):
-            grad = plus(grad, settings["weight_decay"], param)
+        grad = descent_gradient(grad, param, settings)
         return self.move(param, grad, slot, settings)
 
 

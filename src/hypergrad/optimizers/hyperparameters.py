@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import optree
@@ -85,6 +86,13 @@ def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
     if isinstance(factor, Tensor):
         return (x + factor * y).to(x.dtype)
     return torch.add(x, y, alpha=factor)
+
+
+def descent_gradient(grad: Tensor, param: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """``±∇f + λθ``: what ``maximize`` and ``weight_decay`` make of a gradient."""
+    grad = -grad if settings["maximize"] else grad
+    decay = settings["weight_decay"]
+    return plus(grad, decay, param) if present(decay) else grad
 
 
 def times(x: Tensor, factor: float | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
     check_hyperparameter,
+    descent_gradient,
     moving_average,
     moving_square,
     plus,
@@ -69,9 +70,7 @@ class RMSprop(Uniform):
     ) -> tuple[Tensor, Slot]:
         """One step of one leaf."""
         lr, alpha, momentum = settings["lr"], settings["alpha"], settings["momentum"]
-        grad = -grad if self.maximize else grad
-        if present(settings["weight_decay"]):
-            grad = plus(grad, settings["weight_decay"], param)
+        grad = descent_gradient(grad, param, settings)
         updated = dict(slot)
         v = updated["square_avg"] = moving_square(slot["square_avg"], grad, alpha)
         if self.centered:

@@ -11,6 +11,7 @@ from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
     check_hyperparameter,
+    descent_gradient,
     plus,
     present,
     times,
@@ -78,10 +79,7 @@ class SGD(Uniform):
     ) -> tuple[Tensor, Slot]:
         """One step of one leaf."""
         lr, momentum = settings["lr"], settings["momentum"]
-        if self.maximize:
-            grad = -grad
-        if present(settings["weight_decay"]):
-            grad = plus(grad, settings["weight_decay"], param)
+        grad = descent_gradient(grad, param, settings)
         if not present(momentum):
             return plus(param, -lr, grad), slot
         buffer = slot["momentum_buffer"]

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
-from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.base import Directions, LoopState
+from hypergrad.single_loop.penalty import PenaltyMethod, along
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class BOME(SingleLoop):
+class BOME(PenaltyMethod):
     """``∇g + λ ∇q`` with ``q = f(θ, φ) − f(ω, φ)``, ``λ = max(0, eta − ⟨∇g, ∇q⟩ / ‖∇q‖²)``.
 
     ω is ``inner_steps`` of gradient descent from θ and counts as a constant. λ is the least for
@@ -37,10 +38,6 @@ class BOME(SingleLoop):
         check_number(self.eta, "eta", above=0.0)
         check_count(self.inner_steps, "inner_steps")
 
-    def first_companion(self, params: Tree) -> Tree:
-        """ω starts where θ does."""
-        return tr.clone(params)
-
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of Algorithm 1."""
         omega = problem.descend(params, self.lr, self.inner_steps)
@@ -49,11 +46,6 @@ class BOME(SingleLoop):
         square = tr.norm(parts.inner) ** 2 + tr.norm(parts.gap) ** 2
         # Where the gap is closed there is nothing to hold against g.
         multiplier = max(0.0, self.eta - slope / square) if square > 0.0 else 0.0
-        return Directions(
-            params=tr.add(parts.outer, parts.inner, multiplier),
-            hparams=tr.add(parts.direct, parts.gap, multiplier),
-            state=LoopState(state.step + 1, omega),
-            inner_value=parts.inner_value,
-            outer_value=parts.outer_value,
-            multiplier=multiplier,
-        )
+        theta = tr.add(parts.outer, parts.inner, multiplier)
+        phi = tr.add(parts.direct, parts.gap, multiplier)
+        return along(theta, phi, parts, omega, multiplier, state)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
-from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.base import Directions, LoopState
+from hypergrad.single_loop.penalty import PenaltyMethod, penalised
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class F2SA(SingleLoop):
+class F2SA(PenaltyMethod):
     """``ω ← ω − lr ∂_θ f(ω, φ)``, ``λ_k = penalty + growth · k``.
 
     The bias is O(1 / λ): a constant λ stops beside the solution, a growing one goes on to it.
@@ -40,21 +40,10 @@ class F2SA(SingleLoop):
         check_number(self.growth, "growth", at_least=0.0)
         check_count(self.inner_steps, "inner_steps")
 
-    def first_companion(self, params: Tree) -> Tree:
-        """ω starts where θ does."""
-        return tr.clone(params)
-
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of Algorithm 1."""
         penalty = self.penalty + self.growth * state.step
         # At the ω of this step, not of the next: the lead of one step over θ would count λ-fold.
         parts = problem.parts(params, state.companion)
         omega = problem.descend(state.companion, self.lr, self.inner_steps)
-        return Directions(
-            params=tr.add(parts.inner, parts.outer, 1.0 / penalty),
-            hparams=tr.add(parts.direct, parts.gap, penalty),
-            state=LoopState(state.step + 1, omega),
-            inner_value=parts.inner_value,
-            outer_value=parts.outer_value,
-            multiplier=penalty,
-        )
+        return penalised(parts, omega, penalty, state)

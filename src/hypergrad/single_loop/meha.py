@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_number
-from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.base import Directions, LoopState
+from hypergrad.single_loop.penalty import PenaltyMethod, along
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class MEHA(SingleLoop):
+class MEHA(PenaltyMethod):
     """Descent on ``g / c_k + f(θ, φ) − v(θ, φ)``, ``v = min_ω f(ω, φ) + ‖ω − θ‖² / 2γ``.
 
     ω takes one step on the envelope's problem, ``ω ← ω − lr (∂_θ f(ω, φ) + (ω − θ) / γ)``, and
@@ -41,10 +42,6 @@ class MEHA(SingleLoop):
         if self.power >= 0.5:
             raise ValueError(f"power must be a number < 0.5, got {self.power}")
 
-    def first_companion(self, params: Tree) -> Tree:
-        """ω starts where θ does."""
-        return tr.clone(params)
-
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of Algorithm 1."""
         pull = tr.divide(tr.subtract(state.companion, params), self.gamma)
@@ -54,11 +51,6 @@ class MEHA(SingleLoop):
         penalty = self.penalty * (state.step + 1) ** self.power
         # ∂_θ v = (θ − ω) / γ
         away = tr.divide(tr.subtract(params, omega), self.gamma)
-        return Directions(
-            params=tr.add(tr.subtract(parts.inner, away), parts.outer, 1.0 / penalty),
-            hparams=tr.add(parts.gap, parts.direct, 1.0 / penalty),
-            state=LoopState(state.step + 1, omega),
-            inner_value=parts.inner_value,
-            outer_value=parts.outer_value,
-            multiplier=penalty,
-        )
+        theta = tr.add(tr.subtract(parts.inner, away), parts.outer, 1.0 / penalty)
+        phi = tr.add(parts.gap, parts.direct, 1.0 / penalty)
+        return along(theta, phi, parts, omega, penalty, state)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
-from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.base import Directions, LoopState
+from hypergrad.single_loop.penalty import PenaltyMethod, penalised
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class VPBGD(SingleLoop):
+class VPBGD(PenaltyMethod):
     """Gradient descent on ``g + penalty · (f(θ, φ) − f(ω, φ))``, ω from ``inner_steps`` steps at θ.
 
     Shen & Chen 2023, *On penalty-based bilevel gradient descent method*, with the value gap. Its
@@ -38,19 +38,8 @@ class VPBGD(SingleLoop):
         check_number(self.penalty, "penalty", above=0.0)
         check_count(self.inner_steps, "inner_steps")
 
-    def first_companion(self, params: Tree) -> Tree:
-        """ω starts where θ does."""
-        return tr.clone(params)
-
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step on the penalised problem."""
         omega = problem.descend(params, self.lr, self.inner_steps)
         parts = problem.parts(params, omega)
-        return Directions(
-            params=tr.add(parts.inner, parts.outer, 1.0 / self.penalty),
-            hparams=tr.add(parts.direct, parts.gap, self.penalty),
-            state=LoopState(state.step + 1, omega),
-            inner_value=parts.inner_value,
-            outer_value=parts.outer_value,
-            multiplier=self.penalty,
-        )
+        return penalised(parts, omega, self.penalty, state)
