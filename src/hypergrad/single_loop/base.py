@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_like, check_objective, check_tree
+from hypergrad.checks import check_like, check_number, check_objective, check_tree
 from hypergrad.evaluation import Objective
 from hypergrad.isolation import isolated_buffers
+from hypergrad.packing import check_keys, from_leaves
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
@@ -22,10 +24,12 @@ class LoopState:
     Attributes:
         step: how many steps were made.
         companion: a vector like ``params``: the copy ω of a penalty method, the v of SOBA.
+        memory: what else it remembers, such as the last derivatives of each batch.
     """
 
     step: int
     companion: Tree
+    memory: Any = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Directions:
         inner_value: ``f(θ, φ)``.
         outer_value: ``g(θ, φ)``.
         multiplier: λ, for a penalty method.
+        matvecs: how many products with second derivatives it took.
     """
 
     params: Tree
@@ -47,10 +52,50 @@ class Directions:
     inner_value: float
     outer_value: float
     multiplier: float | None = None
+    matvecs: int = 0
 
 
+@dataclass(frozen=True)
 class SingleLoop(ABC):
-    """An algorithm for ``min_φ g(θ*(φ), φ)`` that never solves the inner problem to its end."""
+    """An algorithm for ``min_φ g(θ*(φ), φ)`` that never solves the inner problem to its end.
+
+    A method is a frozen dataclass of its options that implements :meth:`first_companion` and
+    :meth:`follow`; one with a memory also :meth:`pack_memory` and :meth:`unpack_memory`.
+
+    Attributes:
+        over_all_batches: whether both objectives must be :class:`hypergrad.Averaged` over all
+            batches, since the method remembers something of each.
+
+    Args:
+        lr: step size of the companion. ``None``: that of the inner optimiser, in a
+            ``BilevelSolver``.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    over_all_batches: ClassVar[bool] = False
+
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr is not None:
+            check_number(self.lr, "lr", above=0.0)
+
+    @property
+    def step_size(self) -> float:
+        """``lr``, where it is needed.
+
+        Raises:
+            ValueError: it is ``None``.
+        """
+        if self.lr is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"lr must be given to {name} outside a BilevelSolver, which would take that of its "
+                f"inner optimiser; pass {name}(lr=...)"
+            )
+        return self.lr
 
     def init(self, params: Tree) -> LoopState:
         """The state before the first step.
@@ -80,8 +125,10 @@ class SingleLoop(ABC):
             state: from :meth:`init` or the last step.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong kind or does not match.
+            TypeError, ValueError: an argument is of the wrong kind or does not match, or ``lr`` is
+                ``None``.
         """
+        _ = self.step_size  # Refused before any work.
         check_objective(inner, "inner")
         check_objective(outer, "outer")
         check_tree(params, "params")
@@ -91,6 +138,34 @@ class SingleLoop(ABC):
             problem = Problem(inner, outer, tr.detach(hparams))
             return self.follow(problem, tr.detach(params), state)
 
+    def pack(self, state: LoopState) -> dict[str, Any]:
+        """``state`` in dicts, lists, numbers and tensors alone, as a checkpoint holds them."""
+        return {
+            "step": state.step,
+            "companion": tr.leaves(state.companion),
+            "memory": None if state.memory is None else self.pack_memory(state.memory),
+        }
+
+    def unpack(self, packed: dict[str, Any], params: Tree, hparams: Tree) -> LoopState:
+        """The inverse of :meth:`pack`.
+
+        Args:
+            packed: what it returned, as saved and loaded.
+            params: a tree like θ: its structure, shapes, dtypes and devices count, not its values.
+            hparams: one like φ.
+
+        Raises:
+            TypeError, ValueError: ``packed`` does not fit the trees or this method.
+        """
+        check_tree(params, "params")
+        check_tree(hparams, "hparams")
+        check_keys(packed, ("step", "companion", "memory"), "packed")
+        companion = from_leaves(packed["companion"], params, "packed['companion']", "params")
+        memory = packed["memory"]
+        if memory is not None:
+            memory = self.unpack_memory(memory, params, hparams)
+        return LoopState(packed["step"], companion, memory)
+
     @abstractmethod
     def first_companion(self, params: Tree) -> Tree:
         """The companion before the first step."""
@@ -98,3 +173,18 @@ class SingleLoop(ABC):
     @abstractmethod
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """The directions at checked arguments."""
+
+    def pack_memory(self, memory: Any) -> Any:
+        """The part of :meth:`pack` for a method with a memory."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory to pack")
+
+    def unpack_memory(self, packed: Any, params: Tree, hparams: Tree) -> Any:
+        """The inverse of :meth:`pack_memory`.
+
+        Raises:
+            ValueError: ``packed`` does not fit.
+        """
+        raise ValueError(
+            f"packed['memory'] must be None for {type(self).__name__}, which has no memory, got "
+            f"{type(packed).__name__}"
+        )

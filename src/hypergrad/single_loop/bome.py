@@ -20,8 +20,11 @@ class BOME(PenaltyMethod):
     which the step closes the gap at the rate of the dynamic barrier ``eta ‖∇q‖²``. Liu et al. 2022,
     *BOME! Bilevel optimization made easy*, Algorithm 1.
 
+    Step sizes: the paper takes one ξ for θ and φ, falling with the number of steps, and for ω a
+    larger one of its own, at most ``1 / L`` for an f of L-Lipschitz gradient.
+
     Args:
-        lr: step size of ω.
+        lr: step size of ω. ``None``: that of the inner optimiser, in a ``BilevelSolver``.
         eta: η > 0 of the barrier.
         inner_steps: steps of ω for each of θ and φ; too few bias the solution.
 
@@ -29,18 +32,17 @@ class BOME(PenaltyMethod):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    lr: float
     eta: float = 0.5
     inner_steps: int = 10
 
     def __post_init__(self) -> None:
-        check_number(self.lr, "lr", above=0.0)
+        super().__post_init__()
         check_number(self.eta, "eta", above=0.0)
         check_count(self.inner_steps, "inner_steps")
 
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of Algorithm 1."""
-        omega = problem.descend(params, self.lr, self.inner_steps)
+        omega = problem.descend(params, self.step_size, self.inner_steps)
         parts = problem.parts(params, omega)
         slope = float(tr.dot(parts.outer, parts.inner)) + float(tr.dot(parts.direct, parts.gap))
         square = tr.norm(parts.inner) ** 2 + tr.norm(parts.gap) ** 2

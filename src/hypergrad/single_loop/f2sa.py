@@ -19,8 +19,11 @@ class F2SA(PenaltyMethod):
     Kwon et al. 2023, *A fully first-order method for stochastic bilevel optimization*, Algorithm 1;
     the direction for θ is divided by λ, so that one step size serves all k.
 
+    Step sizes: the paper takes γ_k, as for plain training of the inner problem, for ω; at most that
+    for this θ; and for φ a share of θ's divided by λ_k, falling as λ grows.
+
     Args:
-        lr: step size of ω, as for plain training of the inner problem.
+        lr: step size of ω. ``None``: that of the inner optimiser, in a ``BilevelSolver``.
         penalty: λ_0 > 0.
         growth: of λ a step, ≥ 0.
         inner_steps: steps of ω for each of θ and φ.
@@ -29,13 +32,12 @@ class F2SA(PenaltyMethod):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    lr: float
     penalty: float = 1.0
     growth: float = 0.1
     inner_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_number(self.lr, "lr", above=0.0)
+        super().__post_init__()
         check_number(self.penalty, "penalty", above=0.0)
         check_number(self.growth, "growth", at_least=0.0)
         check_count(self.inner_steps, "inner_steps")
@@ -45,5 +47,5 @@ class F2SA(PenaltyMethod):
         penalty = self.penalty + self.growth * state.step
         # At the ω of this step, not of the next: the lead of one step over θ would count λ-fold.
         parts = problem.parts(params, state.companion)
-        omega = problem.descend(state.companion, self.lr, self.inner_steps)
+        omega = problem.descend(state.companion, self.step_size, self.inner_steps)
         return penalised(parts, omega, penalty, state)

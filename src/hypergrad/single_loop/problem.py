@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypergrad import tree as tr
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.minibatch import value_and_gradients
-from hypergrad.operators import Hessian, Mode, hessian
+from hypergrad.operators import Mode, hessian
 from hypergrad.tree import Tree
 
 
@@ -70,9 +70,10 @@ class Problem:
             params = tr.add(params, self.inner_gradient(params), -lr)
         return params
 
-    def hessian(self, params: Tree, mode: Mode) -> Hessian:
-        """``∂²f/∂θ²``, with its outer side."""
-        return hessian(self.f, params, self.hparams, mode=mode)
+    def system(self, params: Tree, v: Tree, mode: Mode) -> tuple[float, Tree, Tree, Tree]:
+        """``f``, ``∂_θ f``, ``H v``, ``(∂_φ F)ᵀ v``."""
+        operator = hessian(self.f, params, self.hparams, mode=mode)
+        return operator.value, operator.gradient, *operator.vjp(v)
 
     def _at(self, objective: Objective, params: Tree, name: str) -> tuple[float, Tree, Tree]:
         return value_and_gradients(

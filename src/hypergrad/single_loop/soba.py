@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_choice, check_number
+from hypergrad.checks import check_choice
 from hypergrad.operators import Mode
 from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
 from hypergrad.single_loop.problem import Problem
@@ -21,19 +21,22 @@ class SOBA(SingleLoop):
     points are those of the bilevel problem. Dagréou et al. 2022, *A framework for bilevel
     optimization that enables stochastic and global variance reduction algorithms*.
 
+    Step sizes: the paper takes one ρ for v and θ, and a fixed share of it for φ, constant for exact
+    derivatives and falling as 1/√k for sampled ones.
+
     Args:
-        lr: step size of v, below ``2 / λ_max(H)``; the paper takes that of θ.
+        lr: step size of v, below ``2 / λ_max(H)``. ``None``: that of the inner optimiser, in a
+            ``BilevelSolver``.
         mode: how the Hessian product is computed, see :func:`hypergrad.operators.hessian`.
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    lr: float
     mode: Mode = "auto"
 
     def __post_init__(self) -> None:
-        check_number(self.lr, "lr", above=0.0)
+        super().__post_init__()
         check_choice(self.mode, "mode", get_args(Mode))
 
     def first_companion(self, params: Tree) -> Tree:
@@ -43,15 +46,14 @@ class SOBA(SingleLoop):
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step of all three, each from where the last step ended."""
         v = state.companion
-        operator = problem.hessian(params, self.mode)
-        gradient, value = operator.gradient, operator.value
-        product, mixed = operator.vjp(v)
+        value, gradient, product, mixed = problem.system(params, v, self.mode)
         outer_value, outer, direct = problem.outer(params)
         residual = tr.subtract(product, outer)
         return Directions(
             params=gradient,
             hparams=tr.subtract(direct, mixed),
-            state=LoopState(state.step + 1, tr.add(v, residual, -self.lr)),
+            state=LoopState(state.step + 1, tr.add(v, residual, -self.step_size)),
             inner_value=value,
             outer_value=outer_value,
+            matvecs=1,
         )

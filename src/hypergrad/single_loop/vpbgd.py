@@ -19,8 +19,11 @@ class VPBGD(PenaltyMethod):
     solution is off by O(1 / penalty). The direction for θ is divided by the penalty, so that the
     step size is that of plain training of the inner problem.
 
+    Step sizes: the paper takes ``1 / L`` for ω, for an f of L-Lipschitz gradient, and about
+    ``1 / (L · penalty)`` for φ as for its direction for θ: about ``1 / L`` for the one here.
+
     Args:
-        lr: step size of ω.
+        lr: step size of ω. ``None``: that of the inner optimiser, in a ``BilevelSolver``.
         penalty: γ of the paper, > 0.
         inner_steps: steps of ω for each of θ and φ; what they leave of the inner problem unsolved
             counts as solved, and biases the solution by that share.
@@ -29,17 +32,16 @@ class VPBGD(PenaltyMethod):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    lr: float
     penalty: float = 100.0
     inner_steps: int = 10
 
     def __post_init__(self) -> None:
-        check_number(self.lr, "lr", above=0.0)
+        super().__post_init__()
         check_number(self.penalty, "penalty", above=0.0)
         check_count(self.inner_steps, "inner_steps")
 
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
         """One step on the penalised problem."""
-        omega = problem.descend(params, self.lr, self.inner_steps)
+        omega = problem.descend(params, self.step_size, self.inner_steps)
         parts = problem.parts(params, omega)
         return penalised(parts, omega, self.penalty, state)

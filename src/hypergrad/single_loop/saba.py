@@ -1,0 +1,194 @@
+"""SABA: SOBA with variance reduction, one batch of each objective a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast, get_args
+
+import torch
+
+from hypergrad import tree as tr
+from hypergrad.checks import check_choice, check_structure
+from hypergrad.evaluation import Objective
+from hypergrad.minibatch import Averaged, bind
+from hypergrad.operators import Mode
+from hypergrad.packing import (
+    check_generator,
+    check_generator_state,
+    check_keys,
+    generator_state,
+    set_generator_state,
+)
+from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
+from hypergrad.single_loop.problem import Problem
+from hypergrad.single_loop.saga import Table
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What SABA remembers of each batch.
+
+    Attributes:
+        inner: ``∂_θ f_i``, ``H_i v`` and ``(∂_φ F_i)ᵀ v``.
+        outer: ``∂_θ g_j`` and ``∂_φ g_j``.
+    """
+
+    inner: Table
+    outer: Table
+
+
+@dataclass(frozen=True)
+class SABA(SingleLoop):
+    """The directions of :class:`SOBA`, each derivative estimated from one batch and a memory.
+
+        N p_i (new_i − old_i) + Σ_k p_k old_k,   then old_i ← new_i
+
+    for a uniform batch i of N with the share p_i of all weight, as in SAGA. The noise goes to zero
+    with the changes, so that constant step sizes reach the solution, where SOBA on single batches
+    stops beside it. The first step fills the memory with a pass over all batches; from then on a
+    step costs one of each objective. Two vectors like θ and one like φ are kept for each inner
+    batch, one of each for an outer one. Dagréou et al. 2022, *A framework for bilevel optimization
+    that enables stochastic and global variance reduction algorithms*, Algorithm SABA.
+
+    Step sizes: the paper takes one ρ for v and θ, and a fixed share of it for φ, all constant.
+
+    ``inner`` and ``outer`` must be :class:`hypergrad.Averaged` over lists of batches, the same in
+    every step.
+
+    Args:
+        lr: step size of v. ``None``: that of the inner optimiser, in a ``BilevelSolver``.
+        mode: how the Hessian product is computed, see :func:`hypergrad.operators.hessian`.
+        generator: for the batches. ``None`` draws from PyTorch's default CPU generator, as
+            PyTorch's own random functions do. Each step but the first draws the inner batch, then
+            the outer one. Its state is packed with the memory.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range; in ``directions``,
+            also other objectives than those above.
+    """
+
+    over_all_batches: ClassVar[bool] = True
+
+    mode: Mode = "auto"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.mode, "mode", get_args(Mode))
+        check_generator(self.generator)
+
+    def first_companion(self, params: Tree) -> Tree:
+        """V = 0."""
+        return tr.zeros_like(params)
+
+    def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
+        """One step of all three, each from where the last step ended."""
+        v, hparams = state.companion, problem.hparams
+        inner, outer = _all_batches(problem.f, "inner"), _all_batches(problem.g, "outer")
+        memory = state.memory
+        if memory is not None:
+            _check_table(memory.inner, inner, (params, params, hparams), "inner")
+            _check_table(memory.outer, outer, (params, hparams), "outer")
+
+        def system(f: Objective) -> tuple[float, Tree]:
+            value, *derivatives = replace(problem, f=f).system(params, v, self.mode)
+            return value, tuple(derivatives)
+
+        def slopes(g: Objective) -> tuple[float, Tree]:
+            value, *derivatives = replace(problem, g=g).outer(params)
+            return value, tuple(derivatives)
+
+        inner_value, (gradient, product, mixed), inner_table = self._estimate(
+            inner, system, memory and memory.inner
+        )
+        outer_value, (pull, direct), outer_table = self._estimate(
+            outer, slopes, memory and memory.outer
+        )
+        residual = tr.cast_like(tr.subtract(product, pull), v)
+        return Directions(
+            params=tr.cast_like(gradient, params),
+            hparams=tr.cast_like(tr.subtract(direct, mixed), hparams),
+            state=LoopState(
+                state.step + 1,
+                tr.add(v, residual, -self.step_size),
+                Memory(inner_table, outer_table),
+            ),
+            inner_value=inner_value,
+            outer_value=outer_value,
+            matvecs=1 if memory is not None else len(inner_table.entries),
+        )
+
+    def pack_memory(self, memory: Any) -> Any:
+        """Both tables as lists of lists of tensors, and the state of the generator."""
+        return {
+            "inner": memory.inner.to_lists(),
+            "outer": memory.outer.to_lists(),
+            "generator": generator_state(self.generator),
+        }
+
+    def unpack_memory(self, packed: Any, params: Tree, hparams: Tree) -> Any:
+        """The tables; the generator, where there is one, goes on from the state packed with them.
+
+        Raises:
+            ValueError: ``packed`` does not fit the trees, or there is no generator to go on with.
+        """
+        name = "packed['memory']"
+        check_keys(packed, ("inner", "outer", "generator"), name)
+        check_generator_state(self.generator, packed["generator"], f"{name}['generator']")
+        memory = Memory(
+            Table.from_lists(packed["inner"], (params, params, hparams), f"{name}['inner']"),
+            Table.from_lists(packed["outer"], (params, hparams), f"{name}['outer']"),
+        )
+        set_generator_state(self.generator, packed["generator"])
+        return memory
+
+    def _estimate(
+        self,
+        objective: Averaged,
+        evaluate: Callable[[Objective], tuple[float, Tree]],
+        table: Table | None,
+    ) -> tuple[float, Tree, Table]:
+        """Value and derivatives, exact where there is no table yet, and the table afterwards."""
+        if table is None:
+            weights, parts = zip(*objective.parts(), strict=True)
+            values, entries = zip(*map(evaluate, parts), strict=True)
+            table = Table.of(entries, weights)
+            value = sum(p * f for p, f in zip(table.shares, values, strict=True))
+            return value, table.mean, table
+        i = self._draw(len(table.entries))
+        value, entry = evaluate(bind(objective.objective, _batches(objective)[i]))
+        return value, *table.replace(i, entry)
+
+    def _draw(self, count: int) -> int:
+        device = "cpu" if self.generator is None else self.generator.device
+        return int(torch.randint(count, (), generator=self.generator, device=device))
+
+
+def _all_batches(objective: Objective, name: str) -> Averaged:
+    if not isinstance(objective, Averaged):
+        raise TypeError(
+            f"{name} must be a hypergrad.Averaged for SABA, which remembers something of each "
+            f"batch, got {type(objective).__name__}; pass Averaged(objective, list_of_batches)"
+        )
+    if not isinstance(objective.batches, Sequence):
+        raise TypeError(
+            f"{name} must be averaged over a list of batches for SABA, the same in every step, "
+            f"got a {type(objective.batches).__name__}; pass list(batches)"
+        )
+    return objective
+
+
+def _check_table(table: Table, objective: Averaged, like: Tree, name: str) -> None:
+    count = len(_batches(objective))
+    if len(table.entries) != count:
+        raise ValueError(
+            f"{name} must have the batches that state.memory was made of, {len(table.entries)} of "
+            f"them, got {count}; start afresh with init"
+        )
+    check_structure(table.mean, like, f"state.memory.{name}", "params and hparams")
+
+
+def _batches(objective: Averaged) -> Sequence[Any]:
+    return cast("Sequence[Any]", objective.batches)
