@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +211,139 @@ def test_preconditioners_work_on_trees_in_mixed_precision() -> None:
         assert all(leaf.dtype == torch.float32 for leaf in tr.leaves(solution.x))
 
 
+KINDS: dict[str, Callable[..., hg.JacobiPreconditioner | hg.NystromPreconditioner]] = {
+    "jacobi": lambda g: hg.JacobiPreconditioner(3, generator=g),
+    "gaussian": lambda g: hg.NystromPreconditioner(8, generator=g),
+    "coordinates": lambda g: hg.NystromPreconditioner(8, test="coordinates", generator=g),
+    "orthonormal": lambda g: hg.NystromPreconditioner(8, test="orthonormal", generator=g),
+    "auto": lambda g: hg.NystromPreconditioner("auto", generator=g),
+    "always": lambda g: hg.NystromPreconditioner(8, refresh="always", generator=g),
+    "chunked": lambda g: hg.NystromPreconditioner(8, chunk_size=3, generator=g),
+}
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def split_tree(b: torch.Tensor) -> dict[str, Any]:
+    return {"w": b[:30].reshape(5, 6), "b": [b[30:]]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_preconditioner_goes_on_bit_for_bit(kind: str) -> None:
+    like = split_tree(rhs_for(40))
+    first, second = (KINDS[kind](seeded(seed)) for seed in (1, 2))
+    hg.CG(preconditioner=first).solve(Matrix(spd_matrix(40, 10.0, 0), like=like), like)
+    sketch, drawn = getattr(first, "sketch", None), first.state_dict()["generator"]
+    state = through_a_file(first.state_dict())
+    second.load_state_dict(state, like)
+    assert (state["map"] is None) == (kind in ("always", "chunked"))
+    if state["map"] is not None and sketch is not None:
+        loaded = second.sketch  # type: ignore[union-attr]
+        assert torch.equal(loaded.eigenvalues, sketch.eigenvalues)
+        for a, b in zip(loaded.test.blocks(3), sketch.test.blocks(3), strict=True):
+            assert all(map(torch.equal, tr.leaves(a), tr.leaves(b)))
+    # So much harder that the kept map, once used, is made anew from where the generator is.
+    harder = Matrix(spd_matrix(40, 1e4, 1), like=like)
+    for _ in range(3):
+        going = hg.CG(preconditioner=first).solve(harder, like)
+        again = hg.CG(preconditioner=second).solve(harder, like)
+        assert going.status is again.status is Status.CONVERGED
+        assert (going.iterations, going.matvecs) == (again.iterations, again.matvecs)
+        assert all(map(torch.equal, tr.leaves(going.x), tr.leaves(again.x)))
+    assert not torch.equal(first.state_dict()["generator"], drawn), "no map was made anew"
+
+
+def test_a_map_that_no_longer_helps_is_not_saved_and_a_map_of_nothing_is() -> None:
+    b = rhs_for(40)
+    stale = hg.NystromPreconditioner(8, generator=seeded())
+    stale.prepare(Matrix(spd_matrix(40, 100.0, 0)))
+    for iterations in (5, 50):
+        stale.observe(iterations)
+    assert stale.state_dict()["map"] is None
+    # The diagonal of zero is no preconditioner: its map is the identity, and stays it.
+    empty, loaded = hg.JacobiPreconditioner(), hg.JacobiPreconditioner()
+    empty.prepare(Matrix(torch.zeros(40, 40, dtype=torch.float64)))
+    loaded.load_state_dict(through_a_file(empty.state_dict()), b)
+    assert torch.equal(loaded.prepare(Matrix(spd_matrix(40, 100.0, 0)))(b), b)
+
+
+@pytest.mark.parametrize("kind", ["jacobi", "gaussian", "orthonormal"])
+def test_a_map_for_half_precision_is_saved_in_float32(kind: str) -> None:
+    A = decaying(40, 1e-2).bfloat16()
+    like = split_tree(rhs_for(40).bfloat16())
+    first, second = (KINDS[kind](seeded(seed)) for seed in (1, 2))
+    M = first.prepare(Matrix((A + A.T) / 2, like=like))
+    second.load_state_dict(through_a_file(first.state_dict()), like)
+    vector = tr.at_least_float32(like)
+    again = second.prepare(Matrix(A, like=like))
+    assert all(map(torch.equal, tr.leaves(M(vector)), tr.leaves(again(vector))))
+    assert torch.equal(first.state_dict()["generator"], second.state_dict()["generator"])
+
+
+def test_a_preconditioner_with_only_build_is_made_anew_after_loading() -> None:
+    class Scaled(hg.linsolve.Preconditioner):
+        built = 0
+
+        def build(self, operator: Any) -> Callable:
+            self.built += 1
+            return lambda vector: tr.scale(vector, 2.0)
+
+    A, b = Matrix(spd_matrix(20, 10.0, 0)), rhs_for(20)
+    first, second = Scaled(), Scaled()
+    for _ in range(2):
+        hg.CG(preconditioner=first).solve(A, b)
+    second.load_state_dict(through_a_file(first.state_dict()), b)
+    solution = hg.CG(preconditioner=second).solve(A, b)
+    assert solution.status is Status.CONVERGED
+    assert first.built == second.built == 1
+    with pytest.raises(ValueError, match="None for Scaled, which saves no map"):
+        second.load_state_dict(first.state_dict() | {"map": {}}, b)
+
+
+@pytest.mark.parametrize("kind", ["jacobi", "gaussian", "coordinates", "orthonormal"])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind: str) -> None:
+    n = 40
+    like = split_tree(rhs_for(n))
+    A = Matrix(decaying(n, 1e-4), like=like)
+    preconditioner, other = KINDS[kind](seeded(1)), KINDS[kind](seeded(2))
+    M = preconditioner.prepare(A)
+    preconditioner.observe(7)
+    other.prepare(A)
+    state = other.state_dict()
+    foreign = KINDS["gaussian" if kind == "jacobi" else "jacobi"](seeded())
+    foreign.prepare(A)
+    before = preconditioner.state_dict()
+    sketch = getattr(preconditioner, "sketch", None)
+    mistakes = [
+        (state, {"w": like["w"], "b": [like["b"][0][:4]]}, "must have the shapes of"),
+        (state, like["w"], "must be a list of the 1 leaves of"),
+        (foreign.state_dict(), like, r"state\['map'\] must be a dict with the keys"),
+        ({"map": None}, like, "state must be a dict with the keys"),
+        (state | {"generator": torch.ones(5)}, like, r"state\['generator'\] must be the state of"),
+        (state, {}, "like must hold at least one tensor"),
+    ]
+    if kind != "jacobi":
+        saved = state["map"]
+        mistakes += [
+            (state | {"map": saved | {"test": {"dct": []}}}, like, "the vectors of one of"),
+            (state | {"map": saved | {"inverse_eigenvalues": 3}}, like, "must be a vector, got 3"),
+        ]
+    for given, shape, words in mistakes:
+        with pytest.raises(ValueError, match=words):
+            preconditioner.load_state_dict(given, shape)
+        assert preconditioner.prepare(A) is M
+        assert getattr(preconditioner, "sketch", None) is sketch
+        assert torch.equal(preconditioner.state_dict()["generator"], before["generator"])
+        assert preconditioner.state_dict()["first_iterations"] == 7
+    with pytest.raises(ValueError, match="there is none to go on with: pass generator="):
+        KINDS[kind](None).load_state_dict(state, like)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
@@ -229,6 +364,7 @@ def test_preconditioners_work_on_trees_in_mixed_precision() -> None:
             "test must not be 'orthonormal' with a chunk_size",
         ),
         (lambda: hg.JacobiPreconditioner(0), ValueError, "samples must be at least 1"),
+        (lambda: hg.JacobiPreconditioner(generator=1), TypeError, "generator must be a torch.Gen"),
         (lambda: hg.CG(preconditioner=hg.NystromPreconditioner), TypeError, "preconditioner must"),
         (lambda: hg.MINRES(preconditioner=3), TypeError, "preconditioner must be a Precond"),
     ],

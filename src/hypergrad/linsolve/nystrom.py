@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +14,19 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_choice, check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
 from hypergrad.linsolve.preconditioner import Preconditioner, Refresh
-from hypergrad.linsolve.probes import Probes, draw_coordinates, draw_gaussian, draw_orthonormal
-from hypergrad.linsolve.sketch import Sketch, sketch
+from hypergrad.linsolve.probes import (
+    Coordinates,
+    Gaussian,
+    Orthonormal,
+    Probes,
+    draw_coordinates,
+    draw_gaussian,
+    draw_orthonormal,
+)
+from hypergrad.linsolve.sketch import Sketch, StoredBasis, sketch
 from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
+from hypergrad.packing import check_generator, check_keys, from_leaves
 from hypergrad.tree import Tree
 
 Test: TypeAlias = Literal["coordinates", "gaussian", "orthonormal"]
@@ -178,7 +187,11 @@ class NystromPreconditioner(Preconditioner):
         if chunk_size is not None and refresh == "never":
             raise ValueError("refresh must not be 'never' with a chunk_size: nothing is stored")
         # In chunks the map would hold on to the operator, and to the graph, of an earlier solve.
-        super().__init__(refresh=refresh if chunk_size is None else "always", growth=growth)
+        super().__init__(
+            generator=generator,
+            refresh=refresh if chunk_size is None else "always",
+            growth=growth,
+        )
         _check_sketch_options(rank, test, max_rank, chunk_size, generator)
         check_number(tolerance, "tolerance", above=0.0)
         self._rank = rank
@@ -186,7 +199,6 @@ class NystromPreconditioner(Preconditioner):
         self._tolerance = tolerance
         self._max_rank = max_rank
         self._chunk_size = chunk_size
-        self._generator = generator
         self._sketch: Sketch | None = None
 
     @property
@@ -204,13 +216,63 @@ class NystromPreconditioner(Preconditioner):
 
         n = tr.size(operator.like)
         rank = self._rank if isinstance(self._rank, str) else min(self._rank, n)
-        self._sketch = _draw_sketch(
+        made = _draw_sketch(
             operator, rank, self._test, self._max_rank, self._chunk_size, self._generator, enough
         )
-        if not torch.isfinite(self._sketch.inverse_eigenvalues).all():
+        return self._use(made)
+
+    def map_state(self) -> dict[str, Any] | None:
+        made = self._sketch
+        if made is None or not isinstance(made.basis, StoredBasis):
+            return None
+        return {
+            "basis": tr.leaves(made.basis.block),
+            "inverse_eigenvalues": made.inverse_eigenvalues,
+            "test": _test_state(made.test),
+        }
+
+    def map_from_state(self, state: dict[str, Any], like: Tree) -> Callable[[Tree], Tree]:
+        name = "state['map']"
+        check_keys(state, ("basis", "inverse_eigenvalues", "test"), name)
+        s = state["inverse_eigenvalues"]
+        if not isinstance(s, Tensor) or s.ndim != 1 or not s.is_floating_point():
+            raise ValueError(f"{name}['inverse_eigenvalues'] must be a vector, got {s!r}")
+        basis = _block_from_leaves(state["basis"], len(s), like, f"{name}['basis']")
+        test = _test_from_state(state["test"], like, f"{name}['test']")
+        return self._use(Sketch(StoredBasis(basis), s.to(tr.leaves(like)[0].device), test))
+
+    def _use(self, made: Sketch) -> Callable[[Tree], Tree]:
+        self._sketch = made
+        if not torch.isfinite(made.inverse_eigenvalues).all():
             # The solve meets the same products, and reports them.
             return lambda vector: vector
-        return self._sketch.precondition
+        return made.precondition
+
+
+def _test_state(test: Probes) -> dict[str, Any]:
+    if isinstance(test, Coordinates):
+        return {"coordinates": test.indices}
+    if isinstance(test, Gaussian):
+        return {"gaussian": list(test.seeds)}
+    assert isinstance(test, Orthonormal)
+    return {"orthonormal": tr.leaves(test.block)}
+
+
+def _test_from_state(state: Any, like: Tree, name: str) -> Probes:
+    kind, values = next(iter(state.items())) if isinstance(state, dict) and state else ("", state)
+    if kind == "coordinates" and isinstance(values, Tensor):
+        return Coordinates(like, values.cpu())
+    if kind == "gaussian" and isinstance(values, list):
+        return Gaussian(like, tuple(values))
+    if kind == "orthonormal" and isinstance(values, list) and values:
+        width = len(values[0]) if isinstance(values[0], Tensor) else 0
+        return Orthonormal(_block_from_leaves(values, width, like, name))
+    raise ValueError(f"{name} must hold the vectors of one of {_TESTS}, got {state!r}")
+
+
+def _block_from_leaves(values: Any, width: int, like: Tree, name: str) -> Tree:
+    block = tr.map_leaves(lambda leaf: leaf.expand(width, *leaf.shape), tr.at_least_float32(like))
+    return from_leaves(values, block, name, f"{width} vectors of the parameters")
 
 
 def _draw_sketch(
@@ -259,7 +321,4 @@ def _check_sketch_options(
             "test must not be 'orthonormal' with a chunk_size: its vectors are all in memory; use "
             "'gaussian'"
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-        )
+    check_generator(generator)

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_choice, check_count, check_number
+from hypergrad.checks import check_choice, check_count, check_number, check_tree
 from hypergrad.operators.base import LinearOperator
+from hypergrad.packing import (
+    check_generator,
+    check_generator_state,
+    check_keys,
+    from_leaves,
+    generator_state,
+    set_generator_state,
+)
 from hypergrad.tree import Tree
 
 Refresh: TypeAlias = Literal["auto", "always", "never"]
@@ -28,7 +36,13 @@ class Preconditioner(ABC):
     The object holds the map; keep it (and the solver that holds it) across outer steps to reuse the
     map, or make a new one to start afresh. A stale map costs iterations, never correctness.
 
+    A new one implements :meth:`build`. If its map is to be saved by :meth:`state_dict`, it also
+    implements :meth:`map_state` and :meth:`map_from_state`; if not, the first solve after
+    :meth:`load_state_dict` makes the map anew.
+
     Args:
+        generator: what ``build`` draws from, to be saved with the map; ``None`` is PyTorch's
+            default one, which is the caller's to save.
         refresh: when a new solve makes the map anew. ``"always"``; ``"never"``; ``"auto"``: once
             the iterations of a solve have grown past ``growth`` times those of the first solve with
             it. A solve of a system of another structure always does.
@@ -38,9 +52,17 @@ class Preconditioner(ABC):
         TypeError, ValueError: an option is out of its range.
     """
 
-    def __init__(self, *, refresh: Refresh = "auto", growth: float = 1.5) -> None:
+    def __init__(
+        self,
+        *,
+        generator: torch.Generator | None = None,
+        refresh: Refresh = "auto",
+        growth: float = 1.5,
+    ) -> None:
+        check_generator(generator)
         check_choice(refresh, "refresh", get_args(Refresh))
         check_number(growth, "growth", at_least=1.0)
+        self._generator = generator
         self._refresh = refresh
         self._growth = growth
         self._map: Callable[[Tree], Tree] | None = None
@@ -53,8 +75,7 @@ class Preconditioner(ABC):
 
     def prepare(self, operator: LinearOperator) -> Callable[[Tree], Tree]:
         """The kept map, or a new one where it is time for it."""
-        leaves, structure = optree.tree_flatten(operator.like)
-        space = structure, [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        space = _space(operator.like)
         if self._map is None or self._refresh == "always" or space != self._space:
             self._map = self.build(operator)
             self._space = space
@@ -69,6 +90,56 @@ class Preconditioner(ABC):
             iterations > self._growth * self._first_iterations + _FEW
         ):
             self._map = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The map, its record and the generator's state, for :meth:`load_state_dict`.
+
+        Dicts, lists, numbers and tensors alone. A map that the next solve would make anew is left
+        out.
+        """
+        kept = self._map is not None and self._refresh != "always"
+        return {
+            "first_iterations": self._first_iterations,
+            "map": self.map_state() if kept else None,
+            "generator": generator_state(self._generator),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], like: Tree) -> None:
+        """Go on as the preconditioner did that ``state`` is of.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            like: the parameters of the systems to come: their structure, shapes, dtypes and devices
+                count, not their values. The map's tensors are moved to these devices.
+
+        Raises:
+            TypeError, ValueError: ``state`` does not fit ``like`` or a preconditioner of this kind;
+                nothing is changed then.
+        """
+        check_tree(like, "like")
+        check_keys(state, ("first_iterations", "map", "generator"), "state")
+        check_generator_state(self._generator, state["generator"], "state['generator']")
+        saved = state["map"]
+        restored = None if saved is None else self.map_from_state(saved, tr.detach(like))
+        set_generator_state(self._generator, state["generator"])
+        self._map = restored
+        self._space = None if restored is None else _space(like)
+        self._first_iterations = state["first_iterations"]
+
+    def map_state(self) -> dict[str, Any] | None:
+        """What makes up the map that ``build`` made last; ``None`` if it cannot be saved."""
+        return None
+
+    def map_from_state(self, state: dict[str, Any], like: Tree) -> Callable[[Tree], Tree]:
+        """The map that :meth:`map_state` told of, for vectors like ``like``.
+
+        Raises:
+            ValueError: ``state`` is of another kind or for other vectors; nothing is changed then.
+        """
+        raise ValueError(
+            f"state['map'] must be None for {type(self).__name__}, which saves no map, got "
+            f"{type(state).__name__}"
+        )
 
 
 class JacobiPreconditioner(Preconditioner):
@@ -100,10 +171,10 @@ class JacobiPreconditioner(Preconditioner):
         refresh: Refresh = "auto",
         growth: float = 1.5,
     ) -> None:
-        super().__init__(refresh=refresh, growth=growth)
+        super().__init__(generator=generator, refresh=refresh, growth=growth)
         check_count(samples, "samples")
         self._samples = samples
-        self._generator = generator
+        self._diagonal: Tree | None = None
 
     def build(self, operator: LinearOperator) -> Callable[[Tree], Tree]:
         total = tr.zeros_like(tr.at_least_float32(operator.like))
@@ -116,7 +187,7 @@ class JacobiPreconditioner(Preconditioner):
         estimate = tr.divide(total, self._samples)
         mean = sum(float(leaf.sum()) for leaf in tr.leaves(estimate)) / tr.size(estimate)
         if not 0.0 < abs(mean) < torch.inf:
-            return lambda vector: vector
+            return self._divide_by(None)
 
         def shrunk(entry: Tensor, square: Tensor) -> Tensor:
             noise = (square / self._samples - entry.square()).clamp(min=0.0)
@@ -125,8 +196,30 @@ class JacobiPreconditioner(Preconditioner):
             trust = torch.where(signal > 0.0, signal / (signal + noise), signal)
             return (mean + trust * (entry - mean)).abs().clamp(min=1e-3 * abs(mean))
 
-        diagonal = tr.map_leaves(shrunk, estimate, squares)
+        return self._divide_by(tr.map_leaves(shrunk, estimate, squares))
+
+    def map_state(self) -> dict[str, Any]:
+        return {"diagonal": None if self._diagonal is None else tr.leaves(self._diagonal)}
+
+    def map_from_state(self, state: dict[str, Any], like: Tree) -> Callable[[Tree], Tree]:
+        check_keys(state, ("diagonal",), "state['map']")
+        if state["diagonal"] is None:
+            return self._divide_by(None)
+        wide = tr.at_least_float32(like)
+        return self._divide_by(
+            from_leaves(state["diagonal"], wide, "state['map']['diagonal']", "like")
+        )
+
+    def _divide_by(self, diagonal: Tree | None) -> Callable[[Tree], Tree]:
+        self._diagonal = diagonal
+        if diagonal is None:
+            return lambda vector: vector
         return lambda vector: tr.map_leaves(torch.div, vector, diagonal)
+
+
+def _space(like: Tree) -> Any:
+    leaves, structure = optree.tree_flatten(like)
+    return structure, [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 
 
 def prepare(
