@@ -2,17 +2,21 @@
 
 from importlib.metadata import version
 
-from hypergrad import linsolve, operators, optimizers, single_loop
+from hypergrad import bilevel, linsolve, operators, optimizers, single_loop
 from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
+from hypergrad.bilevel import BilevelSolver, plot
 from hypergrad.certificate import ErrorBound
 from hypergrad.conditions import WarmStart
 from hypergrad.diagnosis import check
 from hypergrad.errors import (
+    CheckpointError,
+    CheckpointWarning,
     DoubleBackwardError,
     DoubleBackwardWarning,
     HypergradWarning,
     LinearSolveWarning,
+    LoaderError,
     NonFiniteError,
 )
 from hypergrad.implicit import Hypergradient, hypergradient
@@ -52,8 +56,11 @@ __all__ = [
     "GMRES",
     "MINRES",
     "Averaged",
+    "BilevelSolver",
     "BlockCG",
     "BlockSolution",
+    "CheckpointError",
+    "CheckpointWarning",
     "Dense",
     "DoubleBackwardError",
     "DoubleBackwardWarning",
@@ -67,6 +74,7 @@ __all__ = [
     "LinearSolveError",
     "LinearSolveWarning",
     "LinearSolver",
+    "LoaderError",
     "Neumann",
     "NonFiniteError",
     "NormalCG",
@@ -86,12 +94,14 @@ __all__ = [
     "WarmStart",
     "accumulate_grad",
     "argmin",
+    "bilevel",
     "check",
     "fixed_point",
     "hypergradient",
     "linsolve",
     "operators",
     "optimizers",
+    "plot",
     "root",
     "single_loop",
     "unroll",

@@ -36,3 +36,15 @@ class DoubleBackwardError(RuntimeError):
             "needs first derivatives only, or mode='auto', which changes to it by itself"
         )
         self.operation = operation
+
+
+class LoaderError(RuntimeError):
+    """A loader raised an error: the message says at which batch, the error itself is chained."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, is none of this library's, or is one of another problem."""
+
+
+class CheckpointWarning(HypergradWarning):
+    """A checkpoint could not be written or read; an earlier one stands in for it."""

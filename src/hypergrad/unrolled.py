@@ -27,8 +27,9 @@ class Unrolled:
 
     Args:
         optimizer: one of :mod:`hypergrad.optimizers`; or a function of ``hparams`` that returns
-            one, where its hyperparameters are among them.
-        steps: T, or one batch for each step, see :func:`unroll` for this and what follows.
+            one, where its hyperparameters are among them. A :class:`BilevelSolver` brings it.
+        steps: T, or one batch for each step, see :func:`unroll` for this and what follows. A
+            :class:`BilevelSolver` brings them.
         memory: what is kept of the steps.
         truncate: differentiate the last K steps only.
         first_order: take the inner gradients for constants.
@@ -50,8 +51,8 @@ class Unrolled:
         (tensor(-1.1250), tensor(1.5000))
     """
 
-    optimizer: Optimizer | Callable[[Tree], Optimizer]
-    steps: int | Iterable[Any]
+    optimizer: Optimizer | Callable[[Tree], Optimizer] | None = None
+    steps: int | Iterable[Any] | None = None
     memory: Memory = "recompute"
     truncate: int | None = None
     first_order: bool = False
@@ -62,7 +63,7 @@ class Unrolled:
 
     def __post_init__(self) -> None:
         # A generator would be empty at the second call.
-        if not isinstance(self.steps, int):
+        if self.steps is not None and not isinstance(self.steps, int):
             check_batches(self.steps, "steps")
 
 
@@ -91,9 +92,14 @@ def unrolled_hypergradient(
     hparams: Tree,
 ) -> UnrolledHypergradient:
     """``dg/dφ`` by :func:`unroll`; only buffers and the random state of the caller's change."""
+    steps, optimizer = method.steps, method.optimizer
+    if steps is None or optimizer is None:
+        raise ValueError(
+            "method must have its optimizer and its steps outside a BilevelSolver, got "
+            f"optimizer={optimizer!r}, steps={steps!r}"
+        )
     with torch.inference_mode(False), torch.enable_grad():
         phi = fresh_leaves(hparams)
-        optimizer = method.optimizer
         if not isinstance(optimizer, Optimizer) and callable(optimizer):
             optimizer = optimizer(phi)
         check_optimizer(optimizer)
@@ -104,7 +110,7 @@ def unrolled_hypergradient(
             optimizer,
             tr.detach(params),
             phi,
-            method.steps,
+            steps,
             memory=method.memory,
             truncate=method.truncate,
             first_order=method.first_order,

@@ -1,0 +1,52 @@
+"""The loop of bilevel training: :class:`hypergrad.BilevelSolver`, its methods and its listeners."""
+
+from hypergrad.bilevel.callbacks import (
+    CSV,
+    JSONL,
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    Evaluation,
+    ProgressBar,
+    TableFile,
+    TensorBoard,
+    Timer,
+)
+from hypergrad.bilevel.estimators import (
+    DARTS,
+    T1T2,
+    AmIGO,
+    Estimate,
+    Estimator,
+    Implicit,
+    StocBiO,
+)
+from hypergrad.bilevel.history import History, Record
+from hypergrad.bilevel.levels import Levels
+from hypergrad.bilevel.plot import plot
+from hypergrad.bilevel.solver import BilevelSolver
+
+__all__ = [
+    "CSV",
+    "DARTS",
+    "JSONL",
+    "T1T2",
+    "AmIGO",
+    "BilevelSolver",
+    "Callback",
+    "Checkpoint",
+    "EarlyStopping",
+    "Estimate",
+    "Estimator",
+    "Evaluation",
+    "History",
+    "Implicit",
+    "Levels",
+    "ProgressBar",
+    "Record",
+    "StocBiO",
+    "TableFile",
+    "TensorBoard",
+    "Timer",
+    "plot",
+]

@@ -1,0 +1,22 @@
+"""What listens to a loop: progress, logs, checkpoints, evaluation, reasons to stop."""
+
+from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.callbacks.checkpoint import Checkpoint
+from hypergrad.bilevel.callbacks.evaluation import Evaluation
+from hypergrad.bilevel.callbacks.progress import ProgressBar
+from hypergrad.bilevel.callbacks.stopping import EarlyStopping, Timer
+from hypergrad.bilevel.callbacks.tables import CSV, JSONL, TableFile
+from hypergrad.bilevel.callbacks.tensorboard import TensorBoard
+
+__all__ = [
+    "CSV",
+    "JSONL",
+    "Callback",
+    "Checkpoint",
+    "EarlyStopping",
+    "Evaluation",
+    "ProgressBar",
+    "TableFile",
+    "TensorBoard",
+    "Timer",
+]

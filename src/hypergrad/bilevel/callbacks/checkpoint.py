@@ -1,0 +1,90 @@
+"""Checkpoints while the loop runs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from hypergrad.bilevel import files
+from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.history import Record
+from hypergrad.checks import check_count
+from hypergrad.errors import CheckpointWarning
+
+if TYPE_CHECKING:
+    from hypergrad.bilevel.solver import BilevelSolver
+
+
+class Checkpoint(Callback):
+    """Save the solver's whole state every so many outer steps, and when the loop ends.
+
+    A file appears whole or not at all. Where it cannot be written (a full disk), a
+    :class:`CheckpointWarning` says why, the earlier ones stay, and the loop goes on. A loop that
+    ends with an error saves nothing: the last good state is the one to go back to. To go on from
+    the newest good file: ``solver.resume(folder)``.
+
+    Args:
+        folder: where the files go, ``step-00000012.pt`` and so on; made if need be.
+        every: outer steps between them.
+        keep: how many of the newest to keep.
+
+    Raises:
+        TypeError, ValueError: a count is no integer or below 1.
+    """
+
+    saves: ClassVar[bool] = True
+
+    def __init__(self, folder: Path | str, *, every: int = 1, keep: int = 3) -> None:
+        check_count(every, "every")
+        check_count(keep, "keep")
+        self._folder = Path(folder)
+        self._every = every
+        self._keep = keep
+        self._saved: tuple[int, int] | None = None
+
+    def on_start(self, solver: BilevelSolver) -> None:
+        """Clear away what a killed process left half written.
+
+        Raises:
+            ValueError: the folder holds later steps than the solver's, of another run or of one
+                that was not resumed: the next resumption would take them for this one's.
+        """
+        files.remove_leftovers(self._folder)
+        self._saved = solver.outer_step, solver.inner_step
+        newest = next(iter(checkpoints(self._folder)), None)
+        if newest is not None and int(newest.stem.removeprefix("step-")) > solver.outer_step:
+            raise ValueError(
+                f"folder must hold no later steps than that of the solver, {solver.outer_step}, "
+                f"got {newest}; call resume({str(self._folder)!r}) first, or take another folder"
+            )
+
+    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+        """Save, where it is time to."""
+        if record.step % self._every == 0:
+            self._save(solver)
+
+    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+        """Save what was done since the last time."""
+        if error is None and (solver.outer_step, solver.inner_step) != self._saved:
+            self._save(solver)
+
+    def _save(self, solver: BilevelSolver) -> None:
+        path = self._folder / f"step-{solver.outer_step:08d}.pt"
+        try:
+            solver.save(path)
+        except OSError as error:
+            warnings.warn(
+                f"{path} could not be written ({error}); the checkpoints before it stay",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+            return
+        self._saved = solver.outer_step, solver.inner_step
+        for old in checkpoints(self._folder)[self._keep :]:
+            old.unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files in a folder, newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)

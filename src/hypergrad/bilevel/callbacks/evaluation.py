@@ -1,0 +1,96 @@
+"""Metrics on other data than the two levels see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hypergrad import tree as tr
+from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.history import Record
+from hypergrad.bilevel.levels import LoopObjective, Measured
+from hypergrad.bilevel.stream import to_device
+from hypergrad.checks import check_count, check_number
+from hypergrad.isolation import RandomState, isolated_buffers
+from hypergrad.minibatch import check_batches
+
+if TYPE_CHECKING:
+    from hypergrad.bilevel.solver import BilevelSolver
+
+
+class Evaluation(Callback):
+    """The mean of an objective over a third loader, every so many outer steps.
+
+    Modules of the solver are in evaluation mode meanwhile, and neither their buffers nor the random
+    state change. The row gets ``"name/loss"``, and ``"name/metric"`` for each metric.
+
+    Args:
+        objective: ``h(params, hparams, batch)``, a scalar or ``(scalar, metrics)``.
+        loader: anything that can be iterated again and again.
+        name: of the columns.
+        every: how many outer steps from one evaluation to the next.
+        weight: ``weight(batch)``, such as the number of samples; ``None`` counts all alike.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of its range.
+    """
+
+    def __init__(
+        self,
+        objective: LoopObjective,
+        loader: Iterable[Any],
+        *,
+        name: str = "test",
+        every: int = 1,
+        weight: Callable[[Any], float] | None = None,
+    ) -> None:
+        check_batches(loader, "loader")
+        check_count(every, "every")
+        self._objective = objective
+        self._loader = loader
+        self._name = name
+        self._every = every
+        self._weight = weight
+
+    def measure(self, solver: BilevelSolver, record: Record) -> Mapping[str, float]:
+        """The means, where it is time for them."""
+        if record.step % self._every:
+            return {}
+        params, hparams = tr.detach(solver.params), tr.detach(solver.hparams)
+        state = RandomState(params, hparams)
+        with torch.no_grad(), isolated_buffers(), state.replayed(), _evaluating(solver.modules):
+            return self._means(solver.device, solver.autocast, params, hparams)
+
+    def _means(
+        self, device: torch.device, autocast: torch.dtype | None, params: Any, hparams: Any
+    ) -> dict[str, float]:
+        objective = Measured(self._objective, self._name, device, autocast)
+        sums: dict[str, float] = {}
+        total = 0.0
+        for batch in self._loader:
+            weight = 1.0 if self._weight is None else float(self._weight(batch))
+            check_number(weight, "weight of a batch", above=0.0)
+            value = objective(params, hparams, to_device(batch, device))
+            total += weight
+            for key, entry in {"loss": float(value), **objective.take_metrics()}.items():
+                sums[key] = sums.get(key, 0.0) + weight * entry
+        if not total:
+            raise ValueError(f"the loader of {self._name} must hold at least one batch, got none")
+        return {f"{self._name}/{key}": value / total for key, value in sums.items()}
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Modules in evaluation mode, and each of their parts as it was afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

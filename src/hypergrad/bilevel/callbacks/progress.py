@@ -1,0 +1,57 @@
+"""A bar in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.history import Record
+
+if TYPE_CHECKING:
+    from hypergrad.bilevel.solver import BilevelSolver
+
+
+class ProgressBar(Callback):
+    """Steps done and to come, both losses and the receipt of the linear solve, by tqdm.
+
+    Args:
+        options: for ``tqdm``, such as ``desc="tuning"`` or ``leave=False``.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        from tqdm.auto import tqdm
+
+        self._make = tqdm
+        self._options = options
+        self._bar: Any = None
+
+    def on_start(self, solver: BilevelSolver) -> None:
+        """Draw the bar, from the step where the loop is."""
+        self._bar = self._make(
+            total=solver.outer_steps,
+            initial=solver.outer_step,
+            **{"desc": "outer steps", "dynamic_ncols": True} | self._options,
+        )
+
+    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+        """One step further."""
+        self._bar.set_postfix_str(summary(record), refresh=False)
+        self._bar.update()
+
+    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def summary(record: Record) -> str:
+    """The losses, and the receipt of the solve, in a few words."""
+    text = f"inner {record.inner_loss:.4g}, outer {record.outer_loss:.4g}"
+    if record.status is None:
+        return text
+    residual = record.relative_residual
+    measured = "" if residual is None else f", residual {residual:.1e}"
+    return f"{text}, {record.status} in {record.iterations}{measured}"

@@ -1,0 +1,53 @@
+"""Curves for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.history import Record
+
+if TYPE_CHECKING:
+    from hypergrad.bilevel.solver import BilevelSolver
+
+
+class TensorBoard(Callback):
+    """Every number of every row as a scalar in event files, for ``tensorboard --logdir folder``.
+
+    Args:
+        folder: where the event files go.
+        options: for ``torch.utils.tensorboard.SummaryWriter``.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path | str, **options: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._make = SummaryWriter
+        self._folder = folder
+        self._options = options
+        self._writer: Any = None
+
+    def on_start(self, solver: BilevelSolver) -> None:
+        """Begin a file; what earlier ones hold of steps to come is not shown any more."""
+        step = solver.outer_step
+        purge = {"purge_step": step + 1} if step else {}
+        self._writer = self._make(str(self._folder), **purge | self._options)
+
+    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+        """Write the numbers."""
+        row = record.row()
+        for name in record.hparams:
+            # TensorBoard groups by what stands before the slash.
+            row[f"hparams/{name}"] = row.pop(name)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, record.step)
+
+    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()

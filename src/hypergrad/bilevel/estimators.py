@@ -1,0 +1,278 @@
+"""Hypergradients of the classical loop: train θ for some steps, estimate dg/dφ, move φ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from hypergrad import tree as tr
+from hypergrad.bilevel.levels import Levels
+from hypergrad.checks import check_choice, check_number
+from hypergrad.evaluation import fresh_leaves
+from hypergrad.implicit import Hypergradient, OnFailure, check_solver, hypergradient
+from hypergrad.linsolve import (
+    CG,
+    Identity,
+    LinearSolver,
+    SGDSolve,
+    Solution,
+    StochasticNeumann,
+)
+from hypergrad.minibatch import value_and_gradients
+from hypergrad.operators import LinearOperator, Mode, hessian
+from hypergrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient, and what is known of how it came about.
+
+    Attributes:
+        grads: for φ, in the structure of ``hparams``.
+        outer_value: ``g``.
+        inner_value: ``f`` where the hypergradient was taken, if it was evaluated there.
+        inner_grad_norm: ``‖∂_θ f‖`` there, likewise.
+        solve: the receipt of the linear solve, where there is one.
+        matvecs: products with second derivatives.
+        multiplier: of a penalty method.
+    """
+
+    grads: Tree
+    outer_value: float
+    inner_value: float | None = None
+    inner_grad_norm: float | None = None
+    solve: Solution | None = None
+    matvecs: int = 0
+    multiplier: float | None = None
+
+
+class Estimator(ABC):
+    """Estimates ``dg/dφ`` at the θ that the inner optimiser has reached.
+
+    A new one is a frozen dataclass with :meth:`estimate`.
+    """
+
+    @abstractmethod
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """The hypergradient at ``levels.params`` and ``levels.hparams``, neither of them changed.
+
+        Args:
+            levels: the problem; its objectives draw batches.
+            x0: ``solve.x`` of the last estimate, if its solve did not fail.
+        """
+
+
+@dataclass(frozen=True)
+class Implicit(Estimator):
+    """Implicit differentiation: what a bare linear solver as ``hypergradient=`` stands for.
+
+    Args:
+        solver: any of ``hg``, see :func:`hypergrad.hypergradient` for it and the rest.
+        damping: added to the diagonal of the Hessian.
+        curvature: what to solve with in place of the Hessian.
+        mode: how products are computed.
+        on_failure: what a failed solve does.
+        warm_start: start the solve from the last solution. ``None``: where the solver has a
+            tolerance to reach, which it then reaches sooner.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    solver: LinearSolver = CG()
+    damping: float | Literal["auto"] = 0.0
+    curvature: Callable[[Tree, Tree], LinearOperator] | None = None
+    mode: Mode = "auto"
+    on_failure: OnFailure = "warn"
+    warm_start: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        if self.damping != "auto":
+            check_number(self.damping, "damping", at_least=0.0)
+        check_choice(self.mode, "mode", get_args(Mode))
+        check_choice(self.on_failure, "on_failure", get_args(OnFailure))
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By :func:`hypergrad.hypergradient`."""
+        warm = hasattr(self.solver, "rtol") if self.warm_start is None else self.warm_start
+        result = hypergradient(
+            levels.inner_objective(),
+            levels.outer_objective(),
+            levels.params.tree,
+            levels.hparams.tree,
+            solver=self.solver,
+            damping=self.damping,
+            curvature=self.curvature,
+            mode=self.mode,
+            on_failure=self.on_failure,
+            x0=x0 if warm else None,
+        )
+        return _with_receipt(result)
+
+
+@dataclass(frozen=True)
+class T1T2(Estimator):
+    """The hypergradient of the last inner step: ``∂_φ g − lr (∂_φ F)ᵀ ∂_θ g``.
+
+    Luketina et al. 2016, *Scalable gradient-based tuning of continuous regularization
+    hyperparameters*. One mixed product, no solve; short-sighted: exact only where H is ``I / lr``.
+
+    Args:
+        lr: ``None`` takes the present one of the inner optimiser, as the paper does.
+        mode: how the mixed product is computed.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float | None = None
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        _check_optional(self.lr, "lr")
+        check_choice(self.mode, "mode", get_args(Mode))
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By a scaled identity in place of the inverse."""
+        scale = step_size(self.lr, levels, self)
+        return Implicit(Identity(scale), mode=self.mode).estimate(levels, None)
+
+
+@dataclass(frozen=True)
+class DARTS(Estimator):
+    """One virtual step ahead: ``∂_φ g(θ', φ) − lr (∂_φ F)ᵀ ∂_θ g(θ', φ)``, ``θ' = θ − lr F(θ, φ)``.
+
+    Liu et al. 2019, *DARTS: differentiable architecture search*, Equation 7, with the mixed product
+    by central differences of the gradient in φ (Equation 8): first derivatives only.
+
+    Args:
+        lr: of the virtual step; ``None`` takes the present one of the inner optimiser, as the paper
+            does.
+        mode: how the mixed product is computed.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float | None = None
+    mode: Mode = "finite-difference"
+
+    def __post_init__(self) -> None:
+        _check_optional(self.lr, "lr")
+        check_choice(self.mode, "mode", get_args(Mode))
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By Equations 7 and 8."""
+        params, hparams = levels.params.tree, levels.hparams.tree
+        lr = step_size(self.lr, levels, self)
+        inner = hessian(levels.inner_objective(), params, hparams, mode=self.mode)
+        ahead = tr.add(tr.detach(params), inner.gradient, -lr)
+        leaves = fresh_leaves(ahead), fresh_leaves(hparams)
+        value, cotangent, direct = value_and_gradients(levels.outer_objective(), *leaves, "outer")
+        return Estimate(
+            tr.add(direct, inner.vjp_outer(cotangent), -lr),
+            outer_value=value,
+            inner_value=inner.value,
+            inner_grad_norm=tr.norm(inner.gradient),
+            matvecs=1,
+        )
+
+
+@dataclass(frozen=True)
+class StocBiO(Estimator):
+    """A Neumann series whose every factor is a fresh mini-batch, unbiased for that of their mean.
+
+    Ji, Yang & Liang 2021, *Bilevel optimization: convergence analysis and enhanced design*,
+    Algorithm 2. The inner loop is plain SGD, warm-started.
+
+    Args:
+        terms: Q of the paper; costs ``terms − 1`` products.
+        step: η of the paper; ``None`` is 1/λ_max, estimated anew each time by ten products.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    terms: int = 20
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        StochasticNeumann(self.terms, self.step)
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By :class:`hypergrad.StochasticNeumann`."""
+        return _sampled(levels, StochasticNeumann(self.terms, self.step), None)
+
+
+@dataclass(frozen=True)
+class AmIGO(Estimator):
+    """Stochastic gradient descent on the linear system, a fresh mini-batch a step, warm-started.
+
+    Arbel & Mairal 2022, *Amortized implicit differentiation for stochastic bilevel optimization*,
+    Algorithm 1.
+
+    Args:
+        steps: N of the paper; each costs one product.
+        step: β of the paper; ``None`` is 1/λ_max, estimated anew each time by ten products.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    steps: int = 10
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        SGDSolve(self.steps, self.step)
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By :class:`hypergrad.SGDSolve`."""
+        # The last iterate: the mean of a few would hold back what the warm start gains.
+        return _sampled(levels, SGDSolve(self.steps, self.step, average=False), x0)
+
+
+def step_size(lr: float | None, levels: Levels, method: object) -> float:
+    """``lr``, or that of the inner optimiser.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if lr is None:
+        lr = levels.inner_lr
+    if lr is None:
+        raise ValueError(
+            f"lr of {type(method).__name__} must be given where inner_optimizer has no one lr"
+        )
+    return lr
+
+
+def _check_optional(value: float | None, name: str) -> None:
+    if value is not None:
+        check_number(value, name, above=0.0)
+
+
+def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Estimate:
+    result = hypergradient(
+        levels.sampled_inner(),
+        levels.outer_objective(),
+        levels.params.tree,
+        levels.hparams.tree,
+        solver=solver,
+        x0=x0,
+    )
+    return _with_receipt(result)
+
+
+def _with_receipt(result: Hypergradient) -> Estimate:
+    return Estimate(
+        result.grads,
+        outer_value=result.outer_value,
+        inner_value=result.inner_value,
+        inner_grad_norm=result.inner_grad_norm,
+        solve=result.solve,
+        # The mixed product is one more.
+        matvecs=result.solve.matvecs + 1,
+    )

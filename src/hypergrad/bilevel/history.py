@@ -1,0 +1,188 @@
+"""What happened in each outer step, and all of them as one table."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+
+from hypergrad.linsolve import Status
+
+Value: TypeAlias = float | str | None
+"""An entry of the table: a number, the name of a status, or nothing."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One outer step.
+
+    Attributes:
+        step: its number, from 1.
+        inner_steps: how many steps of θ were made up to here.
+        inner_loss: the mean of f over the inner steps of this outer step, each before its update.
+        outer_loss: g where the hypergradient was taken: before the update of φ.
+        hypergradient_norm: ``‖dg/dφ‖₂`` before clipping.
+        seconds: what the step took, without callbacks.
+        inner_lr: learning rate of θ, where it is one number.
+        outer_lr: of φ, likewise.
+        inner_grad_norm: ``‖∂_θ f‖₂`` where the hypergradient was taken: what is left of the inner
+            problem.
+        status: how the linear solve ended, where there is one: the name of a :class:`hg.Status`.
+        iterations: of the solve.
+        matvecs: products with second derivatives.
+        relative_residual: of the solve, if measured.
+        multiplier: of a penalty method.
+        metrics: what the objectives (``"inner/name"``, ``"outer/name"``) and callbacks add.
+        hparams: φ after the step: each element if there are few, else mean and deviation by tensor.
+    """
+
+    step: int
+    inner_steps: int
+    inner_loss: float
+    outer_loss: float
+    hypergradient_norm: float
+    seconds: float
+    inner_lr: float | None = None
+    outer_lr: float | None = None
+    inner_grad_norm: float | None = None
+    status: str | None = None
+    iterations: int | None = None
+    matvecs: int = 0
+    relative_residual: float | None = None
+    multiplier: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    hparams: Mapping[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Value:
+        """The entry of one column: a field, or the name of a metric or of an outer parameter.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return self.row()[name]
+
+    def row(self) -> dict[str, Value]:
+        """All columns, metrics and outer parameters among them."""
+        fields = {key: value for key, value in vars(self).items() if key not in _GROUPS}
+        return {**fields, **self.metrics, **self.hparams}
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> Record:
+        """This record, and what a callback found out."""
+        return replace(self, metrics={**self.metrics, **metrics})
+
+
+_GROUPS = ("metrics", "hparams")
+
+
+class History:
+    """A table of all outer steps, one row each: ``history["outer_loss"]`` is a column.
+
+    Numbers are kept as numbers, eight bytes each.
+
+    Example:
+        >>> from hypergrad.bilevel.history import History, Record
+        >>> history = History()
+        >>> for k in (1, 2):
+        ...     history.append(Record(k, 10 * k, 1.0 / k, 2.0 / k, 0.5, 0.01))
+        >>> history["outer_loss"], len(history), history[-1]["inner_steps"]
+        ([2.0, 1.0], 2, 20)
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[str, array[float]] = {}
+        self._status: list[str | None] = []
+        self._hparams: list[str] = []
+
+    def append(self, record: Record) -> None:
+        """Add a row; a column that is new is empty above it."""
+        for name in record.hparams:
+            if name not in self._columns:
+                self._hparams.append(name)
+        rows = len(self)
+        row = record.row()
+        status = row.pop("status")
+        for name in row:
+            if name not in self._columns:
+                self._columns[name] = array("d", [math.nan] * rows)
+        for name, column in self._columns.items():
+            value = row.get(name)
+            column.append(math.nan if value is None else float(value))
+        self._status.append(status if status is None else str(status))
+
+    def __len__(self) -> int:
+        return len(self._status)
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names; those without any entry are left out."""
+        used = [
+            name
+            for name, column in self._columns.items()
+            if not all(math.isnan(entry) for entry in column)
+        ]
+        return used + (["status"] if any(self._status) else [])
+
+    @property
+    def hparams(self) -> list[str]:
+        """The columns that hold outer parameters."""
+        return list(self._hparams)
+
+    def __getitem__(self, key: str | int) -> Any:
+        """A column by its name (``None`` where there was nothing), or a row by its number.
+
+        Raises:
+            KeyError, IndexError: there is none.
+        """
+        if isinstance(key, str):
+            if key == "status":
+                return list(self._status)
+            if key not in self._columns:
+                raise KeyError(f"no column {key!r}; there are {', '.join(self.columns)}")
+            return [_entry(key, number) for number in self._columns[key]]
+        entries = {name: _entry(name, column[key]) for name, column in self._columns.items()}
+        return {**entries, "status": self._status[key]}
+
+    def __iter__(self) -> Iterator[dict[str, Value]]:
+        return (self[i] for i in range(len(self)))
+
+    def to_pandas(self) -> Any:
+        """The table as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas as pd
+
+        return pd.DataFrame({name: self[name] for name in self.columns})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table in tensors and lists."""
+        return {
+            "columns": {
+                name: torch.tensor(column, dtype=torch.float64)
+                for name, column in self._columns.items()
+            },
+            "status": [_STATUSES.index(status) for status in self._status],
+            "hparams": list(self._hparams),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+        columns = state["columns"].items()
+        self._columns = {name: array("d", values.tolist()) for name, values in columns}
+        self._status = [_STATUSES[code] for code in state["status"]]
+        self._hparams = list(state["hparams"])
+
+
+_STATUSES: list[str | None] = [None, *(status.name for status in Status)]
+_COUNTS = ("step", "inner_steps", "iterations", "matvecs")
+
+
+def _entry(name: str, number: float) -> Value:
+    if math.isnan(number):
+        return None
+    return int(number) if name in _COUNTS else number

@@ -1,0 +1,187 @@
+"""What a method of the loop works on: two objectives, their variables, their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.bilevel.stream import Stream, to_device
+from hypergrad.bilevel.variables import Variables
+from hypergrad.checks import check_dependence, check_objective, check_value
+from hypergrad.errors import NonFiniteError
+from hypergrad.evaluation import Objective, fresh_leaves, gradient
+from hypergrad.minibatch import Averaged, Sampled, bind
+from hypergrad.partial import inside_a_transform
+from hypergrad.tree import Tree
+
+LoopObjective: TypeAlias = Callable[[Tree, Tree, Any], Any]
+"""``f(params, hparams, batch)``: returns a scalar tensor, or it and a mapping of metrics."""
+
+
+class Measured:
+    """An objective whose metrics are put aside, under autocast if asked.
+
+    Args:
+        objective: returns a scalar or ``(scalar, metrics)``.
+        name: what to call it in errors.
+        device: where autocast works.
+        autocast: its dtype; ``None`` is none.
+
+    Attributes:
+        uses: which leaves of φ the value depends on; ``None`` until it was differentiated in φ.
+    """
+
+    def __init__(
+        self,
+        objective: LoopObjective,
+        name: str,
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> None:
+        check_objective(objective, name, "(params, hparams, batch)")
+        self._objective = objective
+        self._name = name
+        self._device = device
+        self._autocast = autocast
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+        self.uses: list[bool] | None = None
+
+    def __call__(self, params: Tree, hparams: Tree, batch: Any) -> Any:
+        """The scalar."""
+        with self._precision():
+            value = self._objective(params, hparams, batch)
+        if isinstance(value, tuple):
+            value, metrics = self._split(value)
+            for key, entry in metrics.items():
+                self._sums[key] = self._sums[key] + entry if key in self._sums else entry
+            self._count += 1
+        if self.uses is None:
+            self._notice_hparams(value, hparams)
+        # A sum of losses in bfloat16 would lose digits; a float32 scalar costs nothing.
+        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            return value.float()
+        return value
+
+    def _notice_hparams(self, value: Any, hparams: Tree) -> None:
+        leaves = tr.leaves(hparams)
+        if not isinstance(value, Tensor) or inside_a_transform():
+            return
+        if value.requires_grad and all(leaf.requires_grad for leaf in leaves):
+            found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            self.uses = [grad is not None for grad in found]
+
+    def take_metrics(self) -> dict[str, float]:
+        """The mean of each over the evaluations since the last call."""
+        means = {key: float(total) / self._count for key, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def _split(self, value: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+        if len(value) != 2 or not isinstance(value[1], Mapping):
+            raise TypeError(
+                f"{self._name} must return a scalar tensor or (scalar, metrics), metrics a mapping "
+                f"from names to numbers, got a tuple of {[type(part).__name__ for part in value]}"
+            )
+        metrics = {
+            str(key): entry.detach() if isinstance(entry, Tensor) else entry
+            for key, entry in value[1].items()
+        }
+        return value[0], metrics
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._autocast)
+
+
+class Levels:
+    """Both levels of a bilevel problem, as the methods of the loop see them.
+
+    Attributes:
+        f: the inner objective, of a batch.
+        g: the outer one.
+        params: θ.
+        hparams: φ.
+        inner_stream: the batches of f.
+        outer_stream: those of g.
+        inner_lr: the present learning rate of the inner optimiser, if it has one.
+    """
+
+    def __init__(
+        self,
+        f: Measured,
+        g: Measured,
+        params: Variables,
+        hparams: Variables,
+        inner_stream: Stream,
+        outer_stream: Stream,
+        inner_batches: int,
+        outer_batches: int,
+    ) -> None:
+        self.f = f
+        self.g = g
+        self.params = params
+        self.hparams = hparams
+        self.inner_stream = inner_stream
+        self.outer_stream = outer_stream
+        self.inner_lr: float | None = None
+        self._inner_batches = inner_batches
+        self._outer_batches = outer_batches
+
+    def inner_loss_and_grads(self, batch: Any) -> float:
+        """``f`` on a batch, as training sees it; leaves ``∂_θ f`` where the optimiser looks.
+
+        Raises:
+            TypeError, ValueError: f returns no scalar that depends on θ.
+            NonFiniteError: the value or the gradient is infinite or NaN; θ has no gradient then.
+        """
+        theta = fresh_leaves(self.params.tree)
+        with torch.enable_grad():
+            value = self.f(theta, tr.detach(self.hparams.tree), batch)
+            check_value(value, "inner")
+            grads = gradient(value, theta)
+        check_dependence(grads, "inner")
+        present = [grad for grad in grads if grad is not None]
+        if not tr.is_finite(present):
+            raise NonFiniteError(
+                f"the gradient of inner must be finite, got an infinity or a NaN where the value "
+                f"is {value.item():.6g}"
+            )
+        for leaf, grad in zip(self.params.leaves, grads, strict=True):
+            leaf.grad = grad
+        return value.item()
+
+    def inner_objective(self) -> Objective:
+        """``f(params, hparams)`` on the next batch, or the mean over the next few."""
+        return _over(self.f, self.inner_stream, self._inner_batches)
+
+    def outer_objective(self) -> Objective:
+        """``g(params, hparams)``, likewise."""
+        return _over(self.g, self.outer_stream, self._outer_batches)
+
+    def sampled_inner(self) -> Sampled:
+        """``f`` on a fresh batch at each evaluation."""
+        return Sampled(self.f, self.inner_stream)
+
+    def over_all_batches(self) -> tuple[Averaged, Averaged]:
+        """Both objectives as means over all batches of their loaders, which are sequences."""
+        return (
+            Averaged(self.f, _all_batches(self.inner_stream)),
+            Averaged(self.g, _all_batches(self.outer_stream)),
+        )
+
+
+def _over(objective: Measured, stream: Stream, count: int) -> Objective:
+    if count == 1:
+        return bind(objective, stream.next())
+    return Averaged(objective, [stream.next() for _ in range(count)])
+
+
+def _all_batches(stream: Stream) -> Sequence[Any]:
+    return [to_device(batch, stream.device) for batch in stream.loader]

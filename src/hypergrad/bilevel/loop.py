@@ -1,0 +1,205 @@
+"""The steps of the loop and its state, without those who listen and without files."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+from hypergrad import tree as tr
+from hypergrad.bilevel.estimators import Estimate
+from hypergrad.bilevel.history import Record
+from hypergrad.bilevel.levels import Levels
+from hypergrad.bilevel.outer import OuterStep
+from hypergrad.bilevel.procedures import Procedure
+from hypergrad.bilevel.snapshot import (
+    method_state,
+    random_states,
+    set_method_state,
+    set_random_states,
+)
+from hypergrad.bilevel.training import naming
+from hypergrad.errors import HypergradWarning, NonFiniteError
+from hypergrad.tree import Tree
+
+Restart: TypeAlias = Literal["initial"] | Callable[[], Tree | None] | None
+"""Where the inner problem starts in each outer step; ``None``: where the last one ended."""
+
+
+class Loop:
+    """``θ`` by ``inner_steps`` of a procedure, then φ by one outer step, and so on.
+
+    Args:
+        levels: the problem.
+        procedure: how θ moves, and where dg/dφ comes from.
+        outer: how φ moves.
+        method: what the procedure was made from, for the generators and sketches that it holds.
+        inner_steps: per outer step.
+        warmup_steps: before the first one.
+        restart: see :class:`hypergrad.BilevelSolver`.
+        restart_every: outer steps between restarts.
+        quiet: whether not to warn of outer parameters that no objective uses.
+
+    Attributes:
+        outer_step: how many outer steps were made.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        procedure: Procedure,
+        outer: OuterStep,
+        method: Any,
+        *,
+        inner_steps: int,
+        warmup_steps: int,
+        restart: Restart,
+        restart_every: int,
+        quiet: bool,
+    ) -> None:
+        self._levels = levels
+        self._procedure = procedure
+        self._outer = outer
+        self._method = method
+        self._inner_steps = inner_steps
+        self._warmup_steps = warmup_steps
+        self._restart = restart
+        self._restart_every = restart_every
+        self._initial = levels.params.state_dict() if restart == "initial" else None
+        self._warned = quiet
+        self.outer_step = 0
+
+    @property
+    def inner_step(self) -> int:
+        """How many inner steps were made."""
+        return self._procedure.count
+
+    def warm_up(self, stopped: Callable[[], bool]) -> bool:
+        """The inner steps before the first outer one, unless stopped; whether they are done."""
+        while self.outer_step == 0 and self.inner_step < self._warmup_steps:
+            if stopped():
+                return False
+            self._procedure.train(1)
+        return True
+
+    def advance(self) -> Record:
+        """One outer step.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a parameter is infinite or NaN.
+            LoaderError: a loader raised.
+        """
+        began = time.perf_counter()
+        levels = self._levels
+        if (
+            self._restart is not None
+            and self.outer_step
+            and self.outer_step % self._restart_every == 0
+        ):
+            self._restart_inner()
+        streams = levels.inner_stream, levels.outer_stream
+        with naming(lambda: f"outer step {self.outer_step} ({'; '.join(map(str, streams))})"):
+            losses, estimate = self._procedure.advance(self._inner_steps)
+            norm = self._outer.apply(estimate.grads, estimate.outer_value)
+            for level in (levels.params, levels.hparams):
+                if not tr.is_finite(level.tree):
+                    raise NonFiniteError(f"{level.name} must stay finite, got an infinity or a NaN")
+        self._warn_of_unused()
+        self.outer_step += 1
+        return self._record(losses, estimate, norm, time.perf_counter() - began)
+
+    def problem(self) -> dict[str, Any]:
+        """What must be the same in a loop that takes over the state of this one."""
+        return {
+            "params": self._levels.params.shapes(),
+            "hparams": self._levels.hparams.shapes(),
+            "hypergradient": type(self._method).__name__,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on."""
+        return {
+            "outer_step": self.outer_step,
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "method": method_state(self._method),
+            "random": random_states(self._levels.inner_stream.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse.
+
+        Raises:
+            CheckpointError, LoaderError: a loader cannot be brought to its position.
+        """
+        for name, part in self._parts().items():
+            part.load_state_dict(state["parts"][name])
+        set_method_state(self._method, state["method"], self._levels.params.tree)
+        self.outer_step = state["outer_step"]
+        set_random_states(state["random"], self._levels.inner_stream.device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own; the loaders first, since to skip in them may fail."""
+        return {
+            "inner_stream": self._levels.inner_stream,
+            "outer_stream": self._levels.outer_stream,
+            "params": self._levels.params,
+            "hparams": self._levels.hparams,
+            "procedure": self._procedure,
+            "outer": self._outer,
+        }
+
+    def _record(
+        self, losses: Sequence[float], estimate: Estimate, norm: float, seconds: float
+    ) -> Record:
+        solve = estimate.solve
+        metrics = {
+            f"{name}/{key}": value
+            for name, objective in (("inner", self._levels.f), ("outer", self._levels.g))
+            for key, value in objective.take_metrics().items()
+        }
+        return Record(
+            step=self.outer_step,
+            inner_steps=self.inner_step,
+            inner_loss=statistics.fmean(losses) if losses else math.nan,
+            outer_loss=estimate.outer_value,
+            hypergradient_norm=norm,
+            seconds=seconds,
+            inner_lr=self._procedure.lr,
+            outer_lr=self._outer.lr,
+            inner_grad_norm=estimate.inner_grad_norm,
+            status=None if solve is None else solve.status.name,
+            iterations=None if solve is None else solve.iterations,
+            matvecs=estimate.matvecs,
+            relative_residual=None if solve is None else solve.relative_residual,
+            multiplier=estimate.multiplier,
+            metrics=metrics,
+            hparams=self._outer.summary(),
+        )
+
+    def _restart_inner(self) -> None:
+        if self._initial is not None:
+            self._levels.params.load_state_dict(self._initial)
+        elif callable(self._restart):
+            values = self._restart()
+            if values is not None:
+                self._levels.params.assign(values, "the value of restart")
+        self._procedure.reset()
+
+    def _warn_of_unused(self) -> None:
+        in_f, in_g = self._levels.f.uses, self._levels.g.uses
+        if self._warned or in_f is None or in_g is None:
+            return
+        self._warned = True
+        named = self._levels.hparams.named()
+        unused = [
+            where for (where, _), *used in zip(named, in_f, in_g, strict=True) if not any(used)
+        ]
+        if unused:
+            warnings.warn(
+                f"neither inner nor outer uses {', '.join(unused)}: the hypergradient there is 0",
+                HypergradWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,116 @@
+"""A picture of what happened in a loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypergrad.bilevel.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# More lines than these are not told apart by their colours.
+_NAMED = 10
+
+
+def plot(history: History, path: Path | str | None = None) -> Figure:
+    """Draw both losses, the hypergradient's norm, the linear solves, and the outer parameters.
+
+    A column that the history does not have leaves its place in the picture out. Losses that fall
+    over more than a decade, and what is always above zero, are drawn on logarithmic axes.
+
+    Args:
+        history: ``solver.history``.
+        path: where to save the picture, its folder made if need be; ``None`` saves nothing.
+
+    Returns:
+        The figure, to be changed or shown.
+
+    Raises:
+        TypeError, ValueError: no history, or an empty one.
+        ImportError: matplotlib is not installed.
+    """
+    if not isinstance(history, History):
+        raise TypeError(f"history must be solver.history, got {type(history).__name__}")
+    if len(history) == 0:
+        raise ValueError("history must have at least one row, got none")
+    from matplotlib.figure import Figure
+
+    solved = any(value is not None for value in history["iterations"])
+    panels = [_losses, _norms, *([_solves] if solved else []), _hparams]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    grid = figure.subplots(2, 2).flatten()
+    for axes, draw in zip(grid, panels, strict=False):
+        draw(axes, history)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes in grid[: len(panels)]:
+        axes.set_xlabel("outer step")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def _losses(axes: Axes, history: History) -> None:
+    names = [
+        name
+        for name in history.columns
+        if name in ("inner_loss", "outer_loss") or name.endswith("/loss")
+    ]
+    drawn = [_line(axes, history, name, label=name.replace("_", " ")) for name in names]
+    values = [value for line in drawn for value in line]
+    if min(values) > 0.0 and max(values) > 10.0 * min(values):
+        axes.set_yscale("log")
+    axes.set_title("Losses")
+    axes.legend()
+
+
+def _norms(axes: Axes, history: History) -> None:
+    values = _line(axes, history, "hypergradient_norm", label="of the hypergradient")
+    if "inner_grad_norm" in history.columns:
+        values += _line(axes, history, "inner_grad_norm", label="of the inner gradient")
+    if min(values) > 0.0:
+        axes.set_yscale("log")
+    axes.set_title("Norms")
+    axes.legend()
+
+
+def _solves(axes: Axes, history: History) -> None:
+    axes.set_title("Linear solves")
+    _line(axes, history, "iterations", color="C0")
+    axes.set_ylabel("iterations", color="C0")
+    axes.set_ylim(bottom=0)
+    if "relative_residual" not in history.columns:
+        return
+    residuals = axes.twinx()
+    values = _line(residuals, history, "relative_residual", color="C1")
+    residuals.set_ylabel("relative residual", color="C1")
+    if min(values) > 0.0:
+        residuals.set_yscale("log")
+
+
+def _hparams(axes: Axes, history: History) -> None:
+    names = history.hparams
+    few = len(names) <= _NAMED
+    for i, name in enumerate(names):
+        _line(axes, history, name, label=name if few else None, color=None if few else _shade(i))
+    axes.set_title("Outer parameters" if few else f"{len(names)} outer parameters")
+    if few:
+        axes.legend(fontsize="small")
+
+
+def _line(axes: Any, history: History, name: str, **look: Any) -> list[float]:
+    """Draw one column where it has entries; these."""
+    pairs = zip(history["step"], history[name], strict=True)
+    present = [(step, value) for step, value in pairs if value is not None]
+    steps, values = map(list, zip(*present, strict=True))
+    axes.plot(steps, values, marker="." if len(values) < 3 else None, **look)
+    return values
+
+
+def _shade(i: int) -> str:
+    return f"C{i % 10}"

@@ -1,0 +1,378 @@
+"""The loop: ``min_φ g(θ*(φ), φ)`` over mini-batches, by any method, resumable at every step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hypergrad.bilevel import files
+from hypergrad.bilevel.callbacks import Callback
+from hypergrad.bilevel.callbacks.checkpoint import checkpoints
+from hypergrad.bilevel.choices import InnerOptimizer, Method, check_scheduler, procedure
+from hypergrad.bilevel.history import History, Record
+from hypergrad.bilevel.interrupts import interrupts
+from hypergrad.bilevel.levels import Levels, LoopObjective, Measured
+from hypergrad.bilevel.loop import Loop, Restart
+from hypergrad.bilevel.outer import OuterStep
+from hypergrad.bilevel.stream import Stream
+from hypergrad.bilevel.variables import Variables
+from hypergrad.checks import check_count, check_number, check_objective
+from hypergrad.errors import CheckpointError, CheckpointWarning
+from hypergrad.linsolve import CG
+from hypergrad.optimizers import Optimizer
+from hypergrad.tree import Tree
+
+
+class BilevelSolver:
+    """Minimise ``g(θ*(φ), φ)`` over φ, ``θ*(φ) = argmin_θ f(θ, φ)``, over mini-batches.
+
+    An outer step makes ``inner_steps`` steps of θ, asks ``hypergradient`` for dg/dφ and makes one
+    step of φ. To change method is to change that one argument:
+
+    ===============================  ===========================================================
+    ``hypergradient=``               what an outer step does
+    ===============================  ===========================================================
+    any linear solver, ``hg.CG()``   trains θ, then implicit differentiation with warm starts
+    ``hg.bilevel.Implicit(...)``     the same, with options
+    ``hg.Unrolled(...)``             trains θ, then differentiates those very steps
+    ``T1T2``, ``DARTS``              trains θ, then looks one step back, or ahead
+    ``StocBiO``, ``AmIGO``           trains θ, then solves by a fresh batch a product
+    ``hg.single_loop.SOBA`` ...      moves θ and φ together, one step each
+    ===============================  ===========================================================
+
+    The state between two outer steps is all there is: :meth:`save` writes it, and a solver that
+    was built alike and calls :meth:`resume` goes on bit for bit (on a CPU), wherever a
+    ``DataLoader`` was. Batches come for ever, each pass over a loader from a seed of its own.
+
+    Args:
+        inner: ``f(params, hparams, batch)``, a scalar tensor, or ``(scalar, metrics)`` with a
+            mapping from names to numbers.
+        outer: ``g(params, hparams, batch)``, likewise.
+        params: θ: a module, whose parameters that require gradients are passed as a dictionary for
+            ``torch.func.functional_call``, and whose buffers and modes are looked after; or any
+            tree of leaf tensors. Changed in place.
+        hparams: φ, likewise.
+        inner_loader: batches for f, anything that can be iterated again and again; their tensors
+            are moved to the device. ``None``: one batch for ever, ``None``.
+        outer_loader: batches for g, likewise.
+        inner_optimizer: of ``torch.optim``, over θ. With ``hg.Unrolled()`` also one of
+            :mod:`hypergrad.optimizers`, or a function of ``hparams`` that returns one.
+        outer_optimizer: of ``torch.optim``, over φ.
+        hypergradient: the method, see above.
+        inner_steps: per outer step; 1 for single loops.
+        outer_steps: where the loop ends.
+        warmup_steps: inner steps before the first outer step.
+        inner_batches: over how many batches f is averaged for the hypergradient.
+        outer_batches: over how many batches g is.
+        restart: where the inner problem starts: ``None``, where it was; ``"initial"``, from the
+            parameters, buffers and optimiser state of now; or a function without arguments that
+            initialises θ in place, or returns new values for it.
+        restart_every: outer steps between restarts.
+        project: ``project(hparams)`` after each outer step changes φ in place, or returns what to
+            put there, such as ``lambda decay: decay.clamp(min=0.0)``.
+        clip_inner: the largest norm of an inner gradient.
+        clip_outer: the largest norm of a hypergradient.
+        inner_scheduler: of ``inner_optimizer``, stepped with it.
+        outer_scheduler: of ``outer_optimizer``, stepped with it; a plateau scheduler hears g.
+        autocast: ``torch.bfloat16`` or ``torch.float16``, for both objectives.
+        device: where to compute; modules and tensors are moved there. ``None``: where θ is.
+        seed: of PyTorch's random state, set now, and of the loaders. ``None`` draws one.
+        callbacks: what listens, see :class:`hypergrad.bilevel.Callback`.
+
+    Attributes:
+        history: a row for each outer step.
+        outer_steps: how many to make.
+        stop_reason: why the loop ended early, or ``None``.
+        device: where it computes.
+        autocast: the dtype, or ``None``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of its range, or choices that do
+            not go together. While it runs: a loader without batches.
+        NonFiniteError: while it runs, a loss, a gradient or a parameter is infinite or NaN; the
+            message has the step and the batch.
+        LoaderError: while it runs, a loader raised.
+
+    Example:
+        Ridge regression on one number: θ*(φ) = 3 / (1 + φ), g = ½ (θ* − 1)², so φ* = 2.
+
+        >>> import torch, hypergrad as hg
+        >>> w, c = torch.zeros(1), torch.ones(1)
+        >>> solver = hg.BilevelSolver(
+        ...     lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
+        ...     lambda w, c, _: (0.5 * (w - 1.0) ** 2).sum(),
+        ...     w,
+        ...     c,
+        ...     inner_optimizer=torch.optim.SGD([w], lr=0.3),
+        ...     outer_optimizer=torch.optim.SGD([c], lr=2.0),
+        ...     inner_steps=10,
+        ...     outer_steps=50,
+        ... )
+        >>> history = solver.run()
+        >>> c, history[-1]["status"]
+        (tensor([2.0000]), 'CONVERGED')
+    """
+
+    def __init__(
+        self,
+        inner: LoopObjective,
+        outer: LoopObjective,
+        params: Tree | nn.Module,
+        hparams: Tree | nn.Module,
+        *,
+        inner_optimizer: InnerOptimizer,
+        outer_optimizer: torch.optim.Optimizer,
+        inner_loader: Iterable[Any] | None = None,
+        outer_loader: Iterable[Any] | None = None,
+        hypergradient: Method = CG(),
+        inner_steps: int = 1,
+        outer_steps: int = 100,
+        warmup_steps: int = 0,
+        inner_batches: int = 1,
+        outer_batches: int = 1,
+        restart: Restart = None,
+        restart_every: int = 1,
+        project: Callable[[Tree], Tree | None] | None = None,
+        clip_inner: float | None = None,
+        clip_outer: float | None = None,
+        inner_scheduler: Any = None,
+        outer_scheduler: Any = None,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        counts = {
+            "inner_steps": inner_steps, "outer_steps": outer_steps, "restart_every": restart_every,
+            "inner_batches": inner_batches, "outer_batches": outer_batches,
+        }  # fmt: skip
+        for name, count in counts.items():
+            check_count(count, name)
+        if warmup_steps != 0:
+            check_count(warmup_steps, "warmup_steps")
+        for name, clip in (("clip_inner", clip_inner), ("clip_outer", clip_outer)):
+            if clip is not None:
+                check_number(clip, name, above=0.0)
+        if project is not None:
+            check_objective(project, "project", "(hparams)")
+        if restart not in (None, "initial") and not callable(restart):
+            raise ValueError(f"restart must be None, 'initial' or a function, got {restart!r}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}"
+            )
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(
+                    "callbacks must be instances of hg.bilevel.Callback, got "
+                    f"{type(callback).__name__}"
+                )
+
+        device = None if device is None else torch.device(device)
+        self._params = Variables(params, "params", device)
+        self._hparams = Variables(hparams, "hparams", device)
+        shared = {id(leaf) for leaf in self._params.leaves}
+        for where, leaf in self._hparams.named():
+            if id(leaf) in shared:
+                raise ValueError(f"hparams must be apart from params, got {where} in both")
+        self.device = device or self._params.leaves[0].device
+        self.autocast = autocast
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+        else:
+            torch.manual_seed(seed)
+        self._levels = levels = Levels(
+            Measured(inner, "inner", self.device, autocast),
+            Measured(outer, "outer", self.device, autocast),
+            self._params,
+            self._hparams,
+            Stream(inner_loader, "inner_loader", seed, self.device),
+            Stream(outer_loader, "outer_loader", seed, self.device),
+            inner_batches,
+            outer_batches,
+        )
+        check_scheduler(inner_scheduler, inner_optimizer, "inner")
+        check_scheduler(outer_scheduler, outer_optimizer, "outer")
+        self._loop = Loop(
+            levels,
+            procedure(
+                hypergradient, levels, inner_optimizer, scheduler=inner_scheduler,
+                clip=clip_inner, inner_steps=inner_steps, inner_batches=inner_batches,
+                outer_batches=outer_batches, restarts=restart is not None,
+            ),
+            OuterStep(self._hparams, outer_optimizer, outer_scheduler, clip_outer, project),
+            hypergradient,
+            inner_steps=inner_steps,
+            warmup_steps=warmup_steps,
+            restart=restart,
+            restart_every=restart_every,
+            # φ may act through a function that returns the optimiser.
+            quiet=not isinstance(inner_optimizer, (torch.optim.Optimizer, Optimizer)),
+        )  # fmt: skip
+        self._optimizers = [type(inner_optimizer).__name__, type(outer_optimizer).__name__]
+        # Those that save hear of a step when all others have.
+        self._callbacks = sorted(callbacks, key=lambda callback: callback.saves)
+        self.history = History()
+        self.outer_steps = outer_steps
+        self.stop_reason: str | None = None
+
+    @property
+    def params(self) -> Tree:
+        """θ: the tensors that are trained; for a module a dictionary of them."""
+        return self._params.tree
+
+    @property
+    def hparams(self) -> Tree:
+        """φ, likewise."""
+        return self._hparams.tree
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules among what was given."""
+        return [level.module for level in (self._params, self._hparams) if level.module is not None]
+
+    @property
+    def outer_step(self) -> int:
+        """How many outer steps were made."""
+        return self._loop.outer_step
+
+    @property
+    def inner_step(self) -> int:
+        """How many inner steps were made."""
+        return self._loop.inner_step
+
+    def run(self) -> History:
+        """Go on to ``outer_steps``, or until something stops the loop; the table of all steps."""
+        for _ in self:
+            pass
+        return self.history
+
+    def __iter__(self) -> Iterator[Record]:
+        """Go on as :meth:`run` does, one record at a time; whoever breaks off can go on later.
+
+        Ctrl-C stops the loop when the present step is done, a second one at once.
+        """
+        self.stop_reason = None
+        failure: BaseException | None = None
+        with interrupts(lambda: self.stop("interrupted (Ctrl-C)")):
+            try:
+                for callback in self._callbacks:
+                    callback.on_start(self)
+                while self._loop.warm_up(self._stopped) and self._goes_on():
+                    yield self._recorded(self._loop.advance(), self._callbacks)
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                failure = error
+                raise
+            finally:
+                self._end(failure)
+
+    def step(self) -> Record:
+        """One outer step by hand: in the history, but unheard by callbacks.
+
+        Raises:
+            NonFiniteError, LoaderError: see :class:`BilevelSolver`.
+        """
+        self.stop_reason = None
+        self._loop.warm_up(self._stopped)
+        return self._recorded(self._loop.advance(), ())
+
+    def stop(self, reason: str = "stopped") -> None:
+        """End the loop after the present step."""
+        self.stop_reason = reason
+
+    def save(self, path: Path | str) -> None:
+        """Write everything to a file: whole, or not at all.
+
+        Both trees of parameters, buffers, optimisers and schedulers, the warm start and the sketch
+        of the linear solve, what a single loop remembers, random states, counters, the positions in
+        the loaders, the history, and the states of the callbacks.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.
+        """
+        state = {
+            "problem": self._problem(),
+            "loop": self._loop.state_dict(),
+            "history": self.history.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self._callbacks],
+        }
+        files.write(state, Path(path))
+
+    def load(self, path: Path | str) -> None:
+        """Go back to what :meth:`save` wrote, of a solver that was built alike.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: it is damaged, foreign, or of another problem; nothing is changed.
+        """
+        self._restore(files.read(Path(path)), Path(path))
+
+    def resume(self, folder: Path | str) -> bool:
+        """:meth:`load` the newest checkpoint of a folder that can be read; whether there was one.
+
+        A damaged file is set aside (``.damaged``) with a :class:`hg.CheckpointWarning` that says
+        what is wrong with it, and the one before it is used.
+
+        Raises:
+            CheckpointError: the checkpoints are of another problem, or all of them are damaged.
+        """
+        damaged: list[tuple[Path, CheckpointError]] = []
+        for path in checkpoints(Path(folder)):
+            try:
+                saved = files.read(path)
+            except CheckpointError as error:
+                damaged.append((path, error))
+                continue
+            self._restore(saved, path)
+            for bad, why in damaged:
+                warnings.warn(f"{why}; {path} is used", CheckpointWarning, stacklevel=2)
+                bad.replace(bad.with_name(bad.name + ".damaged"))
+            return True
+        if damaged:
+            raise damaged[0][1]
+        return False
+
+    def _stopped(self) -> bool:
+        return self.stop_reason is not None
+
+    def _goes_on(self) -> bool:
+        return self.outer_step < self.outer_steps and not self._stopped()
+
+    def _recorded(self, record: Record, callbacks: Sequence[Callback]) -> Record:
+        for callback in callbacks:
+            record = record.with_metrics(callback.measure(self, record))
+        self.history.append(record)
+        for callback in callbacks:
+            callback.on_step(self, record)
+        return record
+
+    def _end(self, error: BaseException | None) -> None:
+        with ExitStack() as stack:
+            # One that raises keeps none of the others from closing what it has open.
+            for callback in reversed(self._callbacks):
+                stack.callback(callback.on_end, self, error)
+            for stream in (self._levels.inner_stream, self._levels.outer_stream):
+                stack.callback(stream.close)
+
+    def _problem(self) -> dict[str, Any]:
+        return {**self._loop.problem(), "optimizers": self._optimizers}
+
+    def _restore(self, saved: dict[str, Any], path: Path) -> None:
+        for key, here in self._problem().items():
+            if saved["problem"][key] != here:
+                raise CheckpointError(
+                    f"{path} is of another problem: {key} there {saved['problem'][key]}, here "
+                    f"{here}"
+                )
+        self._loop.load_state_dict(saved["loop"])
+        self.history.load_state_dict(saved["history"])
+        for callback, state in zip(self._callbacks, saved["callbacks"], strict=False):
+            callback.load_state_dict(state)

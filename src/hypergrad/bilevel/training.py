@@ -1,0 +1,137 @@
+"""Plain steps of the inner optimiser, as a hand-written loop makes them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hypergrad.bilevel.levels import Levels
+from hypergrad.errors import NonFiniteError
+
+
+class Trainer:
+    """``θ ← optimiser(θ, ∂_θ f)``, one batch a step.
+
+    Args:
+        levels: the problem.
+        optimizer: over ``levels.params``.
+        scheduler: of ``optimizer``, stepped with it.
+        clip: the largest norm of a gradient; ``None`` leaves it.
+        restarts: whether :meth:`reset` will be called.
+
+    Attributes:
+        count: how many steps were made.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        clip: float | None,
+        restarts: bool,
+    ) -> None:
+        self._levels = levels
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._clip = clip
+        self._initial = copy.deepcopy(self.state_dict()) if restarts else None
+        self.count = 0
+
+    def step(self) -> float:
+        """One step; the loss before it.
+
+        Raises:
+            NonFiniteError: the loss or its gradient is infinite or NaN; θ stays as it was.
+        """
+        stream = self._levels.inner_stream
+        batch = stream.next()
+        losses = []
+
+        def closure() -> float:
+            losses.append(self._levels.inner_loss_and_grads(batch))
+            self._clip_grads()
+            return losses[-1]
+
+        with naming(lambda: f"inner step {self.count} ({stream})"):
+            self._optimizer.step(closure)
+        self._finish(losses[0])
+        return losses[0]
+
+    def step_along(self, directions: Any, loss: float) -> None:
+        """One step along given directions in place of the gradient."""
+        self._levels.params.set_grads(directions)
+        self._clip_grads()
+        self._optimizer.step()
+        self._finish(loss)
+
+    def reset(self) -> None:
+        """Forget what the optimiser has learned, and begin its schedule again."""
+        assert self._initial is not None
+        self.load_state_dict(copy.deepcopy(self._initial))
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate, if all groups have the same."""
+        return one_lr(self._optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's and the scheduler's."""
+        return optimizer_state(self._optimizer, self._scheduler)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        load_optimizer_state(state, self._optimizer, self._scheduler)
+
+    def _clip_grads(self) -> None:
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._levels.params.leaves, self._clip)
+
+    def _finish(self, loss: float) -> None:
+        self._levels.params.clear_grads()
+        step_scheduler(self._scheduler, loss)
+        self.count += 1
+
+
+def step_scheduler(scheduler: Any, metric: float) -> None:
+    """``scheduler.step()``, told the metric if it asks for one."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(metric)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def one_lr(optimizer: torch.optim.Optimizer) -> float | None:
+    """The learning rate, if all groups have the same."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """The state of an optimiser and of its scheduler, if it has one."""
+    return {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+    }
+
+
+def load_optimizer_state(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, scheduler: Any
+) -> None:
+    """The inverse."""
+    optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+
+
+@contextmanager
+def naming(where: Callable[[], str]) -> Iterator[None]:
+    """Say where a value stopped being finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{where()}: {error}") from error
