@@ -42,7 +42,7 @@ class TensorBoard(Callback):
         row = record.row()
         for name in record.hparams:
             # TensorBoard groups by what stands before the slash.
-            row[f"hparams/{name}"] = row.pop(name)
+            row[f"hparams/{name.removeprefix('hparams')}"] = row.pop(name)
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, record.step)

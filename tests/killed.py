@@ -1,0 +1,131 @@
+"""Kill a loop at random moments, resume it each time, and compare its end with an unharmed one.
+
+Run as a program: ``python killed.py implicit FOLDER --kills=20``. The processes that are killed are
+forked from this one, which has imported everything and computed nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from loops import digits_solver
+
+import hypergrad as hg
+from hypergrad import bilevel as bl
+
+METHODS: dict[str, Any] = {
+    "implicit": lambda: bl.Implicit(
+        hg.CG(rtol=1e-2, maxiter=5, preconditioner=hg.NystromPreconditioner(rank=4)),
+        damping=1.0,
+        on_failure="ignore",
+    ),
+    "unrolled": hg.Unrolled,
+    "soba": hg.single_loop.SOBA,
+}
+OUTER_STEPS = 30
+
+
+def run(method: str, folder: Path, result: Path) -> None:
+    """Resume if there is something to resume, run to the end, leave the result."""
+    # The threads of the parent are not there after a fork.
+    torch.set_num_threads(1)
+    solver = digits_solver(
+        METHODS[method](),
+        workers=2,
+        inner_steps=1 if method == "soba" else 2,
+        outer_steps=OUTER_STEPS,
+        callbacks=[bl.Checkpoint(folder), bl.JSONL(folder / "log.jsonl")],
+    )
+    solver.resume(folder)
+    solver.run()
+    buffers = [buffer for module in solver.modules for buffer in module.buffers()]
+    state = {"params": solver.params, "hparams": solver.hparams, "buffers": buffers}
+    torch.save({**state, "losses": solver.history["outer_loss"]}, result)
+
+
+def forked(method: str, folder: Path, result: Path) -> int:
+    """The process that runs."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run(method, folder, result)
+            status = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return child
+
+
+def survive(method: str, folder: Path, kills: int) -> tuple[int, int]:
+    """How often the loop was killed, and how many resumptions there were before it ended."""
+    began = time.perf_counter()
+    finished(forked(method, folder / "whole", folder / "whole.pt"))
+    duration = time.perf_counter() - began
+    chance, killed, ended = random.Random(0), 0, 0
+    while killed < kills or not ended:
+        if ended:
+            # It ended before its kills were spent: once more from the beginning.
+            (folder / "killed.pt").unlink()
+            for old in (folder / "killed").iterdir():
+                old.unlink()
+            ended = 0
+        child = forked(method, folder / "killed", folder / "killed.pt")
+        if killed < kills:
+            deadline = time.perf_counter() + chance.uniform(0.0, duration / 3)
+            while time.perf_counter() < deadline:
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+        elif status == 0:
+            ended += 1
+        else:
+            raise SystemExit(f"the loop failed with status {status}")
+    return killed, ended
+
+
+def finished(child: int) -> None:
+    """Wait for a process that nobody kills."""
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit(f"the loop failed with status {status}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    options = parser.parse_args()
+    kills, _ = survive(options.method, options.folder, options.kills)
+    whole, killed = (
+        torch.load(options.folder / f"{name}.pt", weights_only=True) for name in ("whole", "killed")
+    )
+    for key, expected in whole.items():
+        got = killed[key]
+        pairs = zip(leaves(expected), leaves(got), strict=True)
+        if not all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs):
+            raise SystemExit(f"{key} differs")
+    rows = (options.folder / "killed" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    if len(rows) != OUTER_STEPS:
+        raise SystemExit(f"the log has {len(rows)} rows, not {OUTER_STEPS}")
+    print(f"{options.method}: {kills} kills, the same bits in {', '.join(whole)}")
+
+
+def leaves(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
+if __name__ == "__main__":
+    main()
