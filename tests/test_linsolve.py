@@ -108,6 +108,16 @@ def test_x0_starts_from_a_correction_and_the_exact_answer_stays(name: str) -> No
     torch.testing.assert_close(solution.x, exact, rtol=1e-9, atol=1e-12)
 
 
+def test_a_start_that_is_worse_than_zero_is_not_used() -> None:
+    """As after a solve on quite another mini-batch: few iterations from there would end far off."""
+    A, b = Matrix(spd_matrix(20, 100.0, 0)), torch.ones(20, dtype=torch.float64)
+    solver = hg.CG(rtol=1e-12, maxiter=2)
+    from_zero = solver.solve(A, b)
+    assert torch.equal(solver.solve(A, b, x0=1e3 * b).x, from_zero.x)
+    near = solver.solve(A, b, x0=0.9 * torch.linalg.solve(spd_matrix(20, 100.0, 0), b))
+    assert near.relative_residual < 0.2 * from_zero.relative_residual
+
+
 def test_neumann_is_the_series_it_says() -> None:
     A, b = spd_matrix(8, 10.0, 0), rhs_for(8)
     M = torch.eye(8, dtype=torch.float64) - 0.1 * A

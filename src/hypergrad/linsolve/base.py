@@ -65,7 +65,8 @@ class LinearSolver(ABC):
         Args:
             operator: A.
             rhs: b, in the structure of ``operator.like``.
-            x0: where to start, such as the solution of a similar system. The default is zero.
+            x0: where to start, such as the solution of a similar system. The default is zero, which
+                is also taken where the residual of ``x0`` is longer than b.
 
         Returns:
             The answer and the receipt. A failed solve returns its best iterate and a status that
@@ -91,7 +92,8 @@ class LinearSolver(ABC):
         start = None if x0 is None else tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
         if start is not None:
             residual = tr.subtract(unit, counted.matvec(start))
-            if math.isfinite(tr.norm(residual)):
+            # One that leaves more than all of b is a worse start than zero.
+            if tr.norm(residual) <= 1.0:
                 unit = residual
             else:
                 start = None
