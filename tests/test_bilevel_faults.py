@@ -6,6 +6,8 @@ import copy
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -281,6 +283,8 @@ NON_FINITE = [
      "rn a finite value"),
     ("inner", hg.Unrolled(memory="graph"), 4, "value", r"outer step 1 .*inner step 3 \(inner_loader"
      ", pass 1, batch 0"),
+    ("outer", hg.Unrolled(memory="graph"), 2, "value", r"^outer step 1 \(inner_loader, pass 1, batc"
+     r"h 0; outer_loader, pass 1, batch 0\): outer must return a finite value"),
 ]  # fmt: skip
 
 
@@ -344,6 +348,35 @@ def test_ctrl_c_finishes_the_step_saves_and_stops(tmp_path: Path) -> None:
     assert solver.stop_reason == "interrupted (Ctrl-C)"
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003.pt"]
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="sends a signal to a group of processes")
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_step_ends(tmp_path: Path) -> None:
+    program = f"""
+from loops import digits_solver
+from hypergrad import bilevel as bl
+solver = digits_solver(
+    bl.T1T2(), workers=2, outer_steps=100_000,
+    callbacks=[bl.Checkpoint({str(tmp_path)!r}, every=50)],
+)
+for record in solver:
+    print(record.step, flush=True)
+print(solver.stop_reason)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == "12":
+            break
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    *steps, reason = out.splitlines()
+    assert reason == "interrupted (Ctrl-C)"
+    assert checkpoints(tmp_path)[0].name == f"step-{int(steps[-1] if steps else 12):08d}.pt"
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None:

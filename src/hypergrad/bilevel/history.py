@@ -68,7 +68,9 @@ class Record:
     def row(self) -> dict[str, Value]:
         """All columns, metrics and outer parameters among them."""
         fields = {key: value for key, value in vars(self).items() if key not in _GROUPS}
-        return {**fields, **self.metrics, **self.hparams}
+        every = {**fields, **self.metrics, **self.hparams}
+        # A NaN would be no JSON, and says no more than that there is no number.
+        return {key: None if value != value else value for key, value in every.items()}
 
     def with_metrics(self, metrics: Mapping[str, float]) -> Record:
         """This record, and what a callback found out."""

@@ -16,12 +16,14 @@ from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.outer import OuterStep
 from hypergrad.bilevel.procedures import Procedure
 from hypergrad.bilevel.snapshot import (
+    method_parts,
     method_state,
     random_states,
     set_method_state,
     set_random_states,
 )
 from hypergrad.bilevel.training import naming
+from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import HypergradWarning, NonFiniteError
 from hypergrad.tree import Tree
 
@@ -94,11 +96,8 @@ class Loop:
         """
         began = time.perf_counter()
         levels = self._levels
-        if (
-            self._restart is not None
-            and self.outer_step
-            and self.outer_step % self._restart_every == 0
-        ):
+        begun = self.outer_step > 0 and self.outer_step % self._restart_every == 0
+        if begun and self._restart is not None:
             self._restart_inner()
         streams = levels.inner_stream, levels.outer_stream
         with naming(lambda: f"outer step {self.outer_step} ({'; '.join(map(str, streams))})"):
@@ -116,14 +115,18 @@ class Loop:
         return {
             "params": self._levels.params.shapes(),
             "hparams": self._levels.hparams.shapes(),
-            "hypergradient": type(self._method).__name__,
+            "hypergradient": [type(self._method).__name__, *method_parts(self._method)],
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on."""
         return {
             "outer_step": self.outer_step,
-            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "streams": [
+                stream.state_dict()
+                for stream in (self._levels.inner_stream, self._levels.outer_stream)
+            ],
+            "parts": [part.state_dict() for part in self._parts()],
             "method": method_state(self._method),
             "random": random_states(self._levels.inner_stream.device),
         }
@@ -132,24 +135,26 @@ class Loop:
         """The inverse.
 
         Raises:
-            CheckpointError, LoaderError: a loader cannot be brought to its position.
+            CheckpointError, LoaderError: a loader cannot be brought to its position; nothing is
+                changed then.
         """
-        for name, part in self._parts().items():
-            part.load_state_dict(state["parts"][name])
+        streams = self._levels.inner_stream, self._levels.outer_stream
+        before = [stream.state_dict() for stream in streams]
+        try:
+            for stream, saved in zip(streams, state["streams"], strict=True):
+                stream.load_state_dict(saved)
+        except Exception:
+            for stream, own in zip(streams, before, strict=True):
+                stream.return_to(own)
+            raise
+        for part, saved in zip(self._parts(), state["parts"], strict=True):
+            part.load_state_dict(saved)
         set_method_state(self._method, state["method"], self._levels.params.tree)
         self.outer_step = state["outer_step"]
         set_random_states(state["random"], self._levels.inner_stream.device)
 
-    def _parts(self) -> dict[str, Any]:
-        """What has a state of its own; the loaders first, since to skip in them may fail."""
-        return {
-            "inner_stream": self._levels.inner_stream,
-            "outer_stream": self._levels.outer_stream,
-            "params": self._levels.params,
-            "hparams": self._levels.hparams,
-            "procedure": self._procedure,
-            "outer": self._outer,
-        }
+    def _parts(self) -> list[Variables | Procedure | OuterStep]:
+        return [self._levels.params, self._levels.hparams, self._procedure, self._outer]
 
     def _record(
         self, losses: Sequence[float], estimate: Estimate, norm: float, seconds: float

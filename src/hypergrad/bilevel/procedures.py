@@ -18,6 +18,8 @@ from hypergrad.bilevel.training import Trainer, naming
 from hypergrad.errors import NonFiniteError
 from hypergrad.implicit import hypergradient
 from hypergrad.optimizers import Optimizer, State
+from hypergrad.optimizers.base import Slot
+from hypergrad.packing import from_leaves
 from hypergrad.partial import inside_a_transform
 from hypergrad.single_loop import LoopState, SingleLoop
 from hypergrad.tree import Tree
@@ -26,13 +28,17 @@ from hypergrad.unrolled import Unrolled
 
 
 class Procedure(ABC):
-    """Moves θ, and says where φ should go.
+    """Moves θ, and says where φ should go."""
 
-    Attributes:
-        count: how many steps of θ were made.
-    """
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many steps of θ were made."""
 
-    count: int = 0
+    @property
+    @abstractmethod
+    def lr(self) -> float | None:
+        """The present learning rate of θ, where it is one number."""
 
     @abstractmethod
     def train(self, steps: int) -> list[float]:
@@ -54,13 +60,39 @@ class Procedure(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
 
+
+class Trained(Procedure):
+    """Moves θ by an optimiser of ``torch.optim``.
+
+    Args:
+        levels: the problem.
+        trainer: of θ.
+    """
+
+    def __init__(self, levels: Levels, trainer: Trainer) -> None:
+        self._levels = levels
+        self._trainer = trainer
+
+    @property
+    def count(self) -> int:
+        """The trainer's."""
+        return self._trainer.count
+
     @property
     def lr(self) -> float | None:
-        """The present learning rate of θ, where it is one number."""
-        return None
+        """The optimiser's."""
+        return self._trainer.lr
+
+    def train(self, steps: int) -> list[float]:
+        """By the optimiser, along plain gradients."""
+        return [self._trainer.step() for _ in range(steps)]
+
+    def reset(self) -> None:
+        """The optimiser's state; the solution of a linear system is still a good start."""
+        self._trainer.reset()
 
 
-class Alternating(Procedure):
+class Alternating(Trained):
     """Train θ, then estimate: implicit differentiation and its short-sighted relatives.
 
     Args:
@@ -70,16 +102,9 @@ class Alternating(Procedure):
     """
 
     def __init__(self, estimator: Estimator, levels: Levels, trainer: Trainer) -> None:
+        super().__init__(levels, trainer)
         self._estimator = estimator
-        self._levels = levels
-        self._trainer = trainer
         self._solution: Tree = None
-
-    def train(self, steps: int) -> list[float]:
-        """By the optimiser."""
-        losses = [self._trainer.step() for _ in range(steps)]
-        self.count = self._trainer.count
-        return losses
 
     def advance(self, steps: int) -> tuple[list[float], Estimate]:
         """Train, then estimate, from the last solution of the linear system."""
@@ -90,27 +115,18 @@ class Alternating(Procedure):
         self._solution = None if solve is None or solve.status.failed else solve.x
         return losses, estimate
 
-    def reset(self) -> None:
-        """The optimiser's state; the solution of the linear system is still a good start."""
-        self._trainer.reset()
-
-    @property
-    def lr(self) -> float | None:
-        """The optimiser's."""
-        return self._trainer.lr
-
     def state_dict(self) -> dict[str, Any]:
         """The trainer's, and the warm start."""
         solution = None if self._solution is None else tr.leaves(self._solution)
-        return {"trainer": self._trainer.state_dict(), "count": self.count, "solution": solution}
+        return {"trainer": self._trainer.state_dict(), "solution": solution}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self._trainer.load_state_dict(state["trainer"])
-        self.count = self._trainer.count = state["count"]
-        leaves = state["solution"]
-        like = self._levels.params.tree
-        self._solution = None if leaves is None else tr.unflatten_like(like, leaves)
+        self._solution = state["solution"]
+        if self._solution is not None:
+            like = self._levels.params.tree
+            self._solution = from_leaves(self._solution, like, "the warm start", "params")
 
 
 class Unrolling(Procedure):
@@ -129,6 +145,17 @@ class Unrolling(Procedure):
         self._levels = levels
         self._optimizer = optimizer
         self._initial = self._state = self._present().init(levels.params.tree)
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """How many steps were made."""
+        return self._count
+
+    @property
+    def lr(self) -> float | None:
+        """Not one number: it may be a schedule or a tensor."""
+        return None
 
     def train(self, steps: int) -> list[float]:
         """The same steps, not differentiated."""
@@ -136,7 +163,7 @@ class Unrolling(Procedure):
         stream = self._levels.inner_stream
         for k in range(steps):
             batch = stream.next()
-            with torch.no_grad(), naming(lambda: f"inner step {self.count} ({stream})"):
+            with torch.no_grad(), naming(lambda: f"inner step {self._count} ({stream})"):
                 params, self._state = unroll(
                     self._recording(losses),
                     self._present(),
@@ -147,7 +174,7 @@ class Unrolling(Procedure):
                     return_state=True,
                 )
             self._levels.params.assign(params, "params")
-            self.count += 1
+            self._count += 1
         return list(losses.values())
 
     def advance(self, steps: int) -> tuple[list[float], Estimate]:
@@ -156,11 +183,10 @@ class Unrolling(Procedure):
         batches, places = [], []
         for k in range(steps):
             batches.append((k, self._levels.inner_stream.next()))
-            places.append(f"inner step {self.count + k} ({self._levels.inner_stream})")
+            places.append(f"inner step {self._count + k} ({self._levels.inner_stream})")
 
         def where() -> str:
-            bad = (k for k, loss in losses.items() if not math.isfinite(loss))
-            return places[next(bad, -1)]
+            return next((places[k] for k, loss in losses.items() if not math.isfinite(loss)), "")
 
         with naming(where):
             result = hypergradient(
@@ -174,7 +200,7 @@ class Unrolling(Procedure):
             )
         self._levels.params.assign(result.params, "params")
         self._state = result.state
-        self.count += steps
+        self._count += steps
         products = min(steps, self._method.truncate or steps)
         return list(losses.values()), Estimate(
             result.grads,
@@ -189,15 +215,17 @@ class Unrolling(Procedure):
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state."""
         return {
-            "count": self.count,
+            "count": self._count,
             "step": self._state.step,
             "slots": [dict(slot) for slot in self._state.slots],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
-        self.count = state["count"]
-        self._state = State(state["step"], tuple(state["slots"]))
+        self._count = state["count"]
+        leaves = self._levels.params.leaves
+        slots = zip(state["slots"], self._initial.slots, leaves, strict=True)
+        self._state = State(state["step"], tuple(_moved(*parts) for parts in slots))
 
     def _present(self) -> Optimizer:
         if isinstance(self._optimizer, Optimizer):
@@ -217,7 +245,20 @@ class Unrolling(Procedure):
         return objective
 
 
-class Together(Procedure):
+def _moved(slot: dict[str, Any], initial: Slot, leaf: Tensor) -> Slot:
+    """A slot from a file on the devices of those that the optimiser makes."""
+
+    def device(name: str) -> torch.device:
+        like = initial.get(name)
+        return like.device if isinstance(like, Tensor) else leaf.device
+
+    return {
+        name: value.to(device(name)) if isinstance(value, Tensor) else value
+        for name, value in slot.items()
+    }
+
+
+class Together(Trained):
     """One step of θ and of φ each, along the directions of a single loop.
 
     Args:
@@ -227,17 +268,10 @@ class Together(Procedure):
     """
 
     def __init__(self, method: SingleLoop, levels: Levels, trainer: Trainer) -> None:
+        super().__init__(levels, trainer)
         self._method = method
-        self._levels = levels
-        self._trainer = trainer
         self._state: LoopState | None = None
         self._whole = levels.over_all_batches() if method.over_all_batches else None
-
-    def train(self, steps: int) -> list[float]:
-        """By the optimiser, along plain gradients."""
-        losses = [self._trainer.step() for _ in range(steps)]
-        self.count = self._trainer.count
-        return losses
 
     def advance(self, steps: int) -> tuple[list[float], Estimate]:
         """One step, at the θ and φ of before it."""
@@ -251,7 +285,6 @@ class Together(Procedure):
         if not tr.is_finite((found.params, found.hparams)):
             raise NonFiniteError(f"{type(method).__name__} must give finite directions, got others")
         self._trainer.step_along(found.params, found.inner_value)
-        self.count = self._trainer.count
         self._state = found.state
         return [found.inner_value], Estimate(
             found.hparams,
@@ -261,28 +294,15 @@ class Together(Procedure):
             multiplier=found.multiplier,
         )
 
-    def reset(self) -> None:
-        """The optimiser's state, and all that the method remembers."""
-        self._trainer.reset()
-        self._state = None
-
-    @property
-    def lr(self) -> float | None:
-        """The optimiser's."""
-        return self._trainer.lr
-
     def state_dict(self) -> dict[str, Any]:
         """The trainer's, and what the method remembers."""
         packed = None if self._state is None else self._method.pack(self._state)
-        return {"trainer": self._trainer.state_dict(), "count": self.count, "loop": packed}
+        return {"trainer": self._trainer.state_dict(), "loop": packed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self._trainer.load_state_dict(state["trainer"])
-        self.count = self._trainer.count = state["count"]
-        packed, levels = state["loop"], self._levels
-        self._state = (
-            None
-            if packed is None
-            else self._method.unpack(packed, levels.params.tree, levels.hparams.tree)
-        )
+        self._state = None
+        if state["loop"] is not None:
+            trees = self._levels.params.tree, self._levels.hparams.tree
+            self._state = self._method.unpack(state["loop"], *trees)

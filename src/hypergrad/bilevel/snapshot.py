@@ -39,6 +39,11 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
         np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002 - the one that users share
 
 
+def method_parts(method: Any) -> list[str]:
+    """The kinds of what :func:`method_state` saves."""
+    return [type(part).__name__ for part in _stateful_parts(method)]
+
+
 def method_state(method: Any) -> list[Any]:
     """The states of the generators and preconditioners that a method holds, in a fixed order.
 

@@ -21,6 +21,7 @@ from hypergrad.bilevel.levels import Levels, LoopObjective, Measured
 from hypergrad.bilevel.loop import Loop, Restart
 from hypergrad.bilevel.outer import OuterStep
 from hypergrad.bilevel.stream import Stream
+from hypergrad.bilevel.training import signature
 from hypergrad.bilevel.variables import Variables
 from hypergrad.checks import check_count, check_number, check_objective
 from hypergrad.errors import CheckpointError, CheckpointWarning
@@ -215,7 +216,10 @@ class BilevelSolver:
             # φ may act through a function that returns the optimiser.
             quiet=not isinstance(inner_optimizer, (torch.optim.Optimizer, Optimizer)),
         )  # fmt: skip
-        self._optimizers = [type(inner_optimizer).__name__, type(outer_optimizer).__name__]
+        self._optimizers = [
+            signature(inner_optimizer, inner_scheduler),
+            signature(outer_optimizer, outer_scheduler),
+        ]
         # Those that save hear of a step when all others have.
         self._callbacks = sorted(callbacks, key=lambda callback: callback.saves)
         self.history = History()
@@ -302,7 +306,9 @@ class BilevelSolver:
             "problem": self._problem(),
             "loop": self._loop.state_dict(),
             "history": self.history.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self._callbacks],
+            "callbacks": [
+                (type(callback).__name__, callback.state_dict()) for callback in self._callbacks
+            ],
         }
         files.write(state, Path(path))
 
@@ -374,5 +380,11 @@ class BilevelSolver:
                 )
         self._loop.load_state_dict(saved["loop"])
         self.history.load_state_dict(saved["history"])
-        for callback, state in zip(self._callbacks, saved["callbacks"], strict=False):
-            callback.load_state_dict(state)
+        # By kind and order: the callbacks of this run may be others.
+        states: dict[str, list[Any]] = {}
+        for kind, state in saved["callbacks"]:
+            states.setdefault(kind, []).append(state)
+        for callback in self._callbacks:
+            own = states.get(type(callback).__name__)
+            if own:
+                callback.load_state_dict(own.pop(0))

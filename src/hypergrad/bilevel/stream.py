@@ -65,11 +65,8 @@ class Stream:
         return f"{self.name}, pass {self.epoch}, batch {self.position - 1}"
 
     def close(self) -> None:
-        """Let go of the present pass, and of the workers that serve it; the next batch begins one.
-
-        The position stays: what follows is a resumption.
-        """
-        self._iterator = None
+        """Let go of the present pass, and of the workers that serve it; the position stays."""
+        self.return_to(self.state_dict())
 
     def state_dict(self) -> dict[str, int]:
         """Seed, pass and position."""
@@ -83,6 +80,11 @@ class Stream:
         """
         self._seed = state["seed"]
         self._seek(state["epoch"], state["position"])
+
+    def return_to(self, state: dict[str, int]) -> None:
+        """:meth:`load_state_dict` when the next batch is asked for."""
+        self._iterator = None
+        self._seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
     def _seek(self, epoch: int, position: int) -> None:
         self._iterator, self.epoch, self.position = None, epoch, 0

@@ -39,7 +39,7 @@ class Trainer:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._clip = clip
-        self._initial = copy.deepcopy(self.state_dict()) if restarts else None
+        self._initial = copy.deepcopy(optimizer_state(optimizer, scheduler)) if restarts else None
         self.count = 0
 
     def step(self) -> float:
@@ -72,7 +72,7 @@ class Trainer:
     def reset(self) -> None:
         """Forget what the optimiser has learned, and begin its schedule again."""
         assert self._initial is not None
-        self.load_state_dict(copy.deepcopy(self._initial))
+        load_optimizer_state(copy.deepcopy(self._initial), self._optimizer, self._scheduler)
 
     @property
     def lr(self) -> float | None:
@@ -80,12 +80,13 @@ class Trainer:
         return one_lr(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's and the scheduler's."""
-        return optimizer_state(self._optimizer, self._scheduler)
+        """The optimiser's and the scheduler's, and the count."""
+        return {**optimizer_state(self._optimizer, self._scheduler), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         load_optimizer_state(state, self._optimizer, self._scheduler)
+        self.count = state["count"]
 
     def _clip_grads(self) -> None:
         if self._clip is not None:
@@ -119,6 +120,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[st
     }
 
 
+def signature(optimizer: Any, scheduler: Any) -> list[Any]:
+    """What must be the same in the optimiser and the scheduler that take over a state."""
+    groups = getattr(optimizer, "param_groups", [])
+    sizes = [len(group["params"]) for group in groups]
+    return [
+        type(optimizer).__name__,
+        sizes,
+        None if scheduler is None else type(scheduler).__name__,
+    ]
+
+
 def load_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> None:
@@ -130,8 +142,11 @@ def load_optimizer_state(
 
 @contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Say where a value stopped being finite."""
+    """Say where a value stopped being finite, if that is known."""
     try:
         yield
     except NonFiniteError as error:
-        raise NonFiniteError(f"{where()}: {error}") from error
+        place = where()
+        if not place:
+            raise
+        raise NonFiniteError(f"{place}: {error}") from error

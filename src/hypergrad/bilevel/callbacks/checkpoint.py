@@ -52,11 +52,11 @@ class Checkpoint(Callback):
         """
         files.remove_leftovers(self._folder)
         self._saved = solver.outer_step, solver.inner_step
-        newest = next(iter(checkpoints(self._folder)), None)
-        if newest is not None and int(newest.stem.removeprefix("step-")) > solver.outer_step:
+        later = [path for path in checkpoints(self._folder) if step_of(path) > solver.outer_step]
+        if later:
             raise ValueError(
                 f"folder must hold no later steps than that of the solver, {solver.outer_step}, "
-                f"got {newest}; call resume({str(self._folder)!r}) first, or take another folder"
+                f"got {later[0]}; call resume({str(self._folder)!r}) first, or take another folder"
             )
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:
@@ -87,4 +87,10 @@ class Checkpoint(Callback):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files in a folder, newest first."""
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    found = [path for path in folder.glob("step-*.pt") if path.stem[len("step-") :].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The outer step after which a checkpoint was written."""
+    return int(path.stem[len("step-") :])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
 from hypergrad.checks import check_choice, check_count, check_number
+from hypergrad.errors import HypergradWarning
 
 if TYPE_CHECKING:
     from hypergrad.bilevel.solver import BilevelSolver
@@ -22,7 +24,7 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: the column, such as ``"outer_loss"`` or ``"test/accuracy"``; rows in which it is
-            empty do not count.
+            empty do not count. A :class:`HypergradWarning` at the end says so if all were.
         patience: after how many rows without a new best to stop.
         min_delta: by how much a new best must be better.
         mode: whether the best is the least or the largest.
@@ -32,8 +34,7 @@ class EarlyStopping(Callback):
         best_step: where it was.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range; in the loop, if
-            no row has the column.
+        TypeError, ValueError: an argument of the wrong kind or out of its range.
     """
 
     def __init__(
@@ -59,11 +60,6 @@ class EarlyStopping(Callback):
         """Look at the row."""
         value = record.row().get(self._monitor)
         if value is None:
-            if record.step >= self._patience and self.best_step == 0:
-                raise ValueError(
-                    f"monitor must be a column of the history, got {self._monitor!r}; there are "
-                    f"{', '.join(solver.history.columns)}"
-                )
             return
         number = float(value)
         if self._sign * (self.best - number) > self._min_delta:
@@ -74,6 +70,16 @@ class EarlyStopping(Callback):
             solver.stop(
                 f"{self._monitor} has not become better than {self.best:.6g} (step "
                 f"{self.best_step}) for {self._patience} steps"
+            )
+
+    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+        """Warn if the column never came."""
+        if error is None and self.best_step == 0 and len(solver.history):
+            warnings.warn(
+                f"monitor must be a column of the history, got {self._monitor!r}; there are "
+                f"{', '.join(solver.history.columns)}",
+                HypergradWarning,
+                stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, Any]:
