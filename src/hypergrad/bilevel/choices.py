@@ -118,12 +118,13 @@ def _differentiable(
             "inner_scheduler must be None with an optimiser of hypergrad.optimizers, whose "
             "hyperparameters may be schedules themselves"
         )
-    if isinstance(optimizer, Optimizer) or callable(optimizer):
-        return optimizer
-    raise TypeError(
-        "inner_optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers or a "
-        f"function of hparams that returns one, got {type(optimizer).__name__}"
-    )
+    if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
+        raise TypeError(
+            "inner_optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers or a "
+            f"function of hparams that returns one, got {type(optimizer).__name__}"
+        )
+    ours: Any = optimizer
+    return ours
 
 
 def check_scheduler(scheduler: Any, optimizer: Any, level: str) -> None:

@@ -26,7 +26,7 @@ class TensorBoard(Callback):
     def __init__(self, folder: Path | str, **options: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make = SummaryWriter
+        self._make: Any = SummaryWriter
         self._folder = folder
         self._options = options
         self._writer: Any = None
@@ -34,8 +34,8 @@ class TensorBoard(Callback):
     def on_start(self, solver: BilevelSolver) -> None:
         """Begin a file; what earlier ones hold of steps to come is not shown any more."""
         step = solver.outer_step
-        purge = {"purge_step": step + 1} if step else {}
-        self._writer = self._make(str(self._folder), **purge | self._options)
+        begin = {"purge_step": step + 1 if step else None} | self._options
+        self._writer = self._make(str(self._folder), **begin)
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:
         """Write the numbers."""
