@@ -114,7 +114,28 @@ class Implicit(Estimator):
 
 
 @dataclass(frozen=True)
-class T1T2(Estimator):
+class OneStep(Estimator):
+    """What looks one step of gradient descent back or ahead.
+
+    Args:
+        lr: of that step; ``None`` takes the present one of the inner optimiser.
+        mode: how the mixed product is computed.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float | None = None
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        if self.lr is not None:
+            check_number(self.lr, "lr", above=0.0)
+        check_choice(self.mode, "mode", get_args(Mode))
+
+
+@dataclass(frozen=True)
+class T1T2(OneStep):
     """The hypergradient of the last inner step: ``∂_φ g − lr (∂_φ F)ᵀ ∂_θ g``.
 
     Luketina et al. 2016, *Scalable gradient-based tuning of continuous regularization
@@ -128,13 +149,6 @@ class T1T2(Estimator):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    lr: float | None = None
-    mode: Mode = "auto"
-
-    def __post_init__(self) -> None:
-        _check_optional(self.lr, "lr")
-        check_choice(self.mode, "mode", get_args(Mode))
-
     def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
         """By a scaled identity in place of the inverse."""
         scale = step_size(self.lr, levels, self)
@@ -142,7 +156,7 @@ class T1T2(Estimator):
 
 
 @dataclass(frozen=True)
-class DARTS(Estimator):
+class DARTS(OneStep):
     """One virtual step ahead: ``∂_φ g(θ', φ) − lr (∂_φ F)ᵀ ∂_θ g(θ', φ)``, ``θ' = θ − lr F(θ, φ)``.
 
     Liu et al. 2019, *DARTS: differentiable architecture search*, Equation 7, with the mixed product
@@ -157,12 +171,7 @@ class DARTS(Estimator):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    lr: float | None = None
     mode: Mode = "finite-difference"
-
-    def __post_init__(self) -> None:
-        _check_optional(self.lr, "lr")
-        check_choice(self.mode, "mode", get_args(Mode))
 
     def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
         """By Equations 7 and 8."""
@@ -247,11 +256,6 @@ def step_size(lr: float | None, levels: Levels, method: object) -> float:
             f"lr of {type(method).__name__} must be given where inner_optimizer has no one lr"
         )
     return lr
-
-
-def _check_optional(value: float | None, name: str) -> None:
-    if value is not None:
-        check_number(value, name, above=0.0)
 
 
 def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Estimate:
