@@ -160,7 +160,7 @@ def test_a_loop_killed_at_random_moments_ends_as_one_that_was_not(
     """Each time by SIGKILL, with two workers a loader; a resumption a time."""
     done = subprocess.run(
         [sys.executable, str(KILLED), method, str(tmp_path), "--kills=20"],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "20 kills" in done.stdout

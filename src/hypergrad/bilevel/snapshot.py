@@ -65,7 +65,7 @@ def set_method_state(method: Any, states: list[Any], params: Tree) -> None:
 
 
 def _stateful_parts(method: Any) -> Iterator[torch.Generator | Preconditioner]:
-    if isinstance(method, SingleLoop):
+    if isinstance(method, SingleLoop) or not is_dataclass(method):
         return
     for field in fields(method):
         value = getattr(method, field.name)
