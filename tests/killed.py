@@ -7,11 +7,13 @@ forked from this one, which has imported everything and trained nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,58 +52,76 @@ def run(method: str, folder: Path, result: Path) -> None:
     solver.run()
     buffers = [buffer for module in solver.modules for buffer in module.buffers()]
     state = {"params": solver.params, "hparams": solver.hparams, "buffers": buffers}
-    torch.save({**state, "losses": solver.history["outer_loss"]}, result)
+    unfinished = result.with_suffix(".unfinished")
+    torch.save({**state, "losses": solver.history["outer_loss"]}, unfinished)
+    unfinished.replace(result)
 
 
 def forked(method: str, folder: Path, result: Path) -> int:
-    """The process that runs."""
+    """The process that runs, with its workers in a group of its own."""
     child = os.fork()
     if child == 0:
+        os.setsid()
+        # Not the pipes of whoever reads from this program: workers may outlive their parent.
+        log = os.open(f"{result}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         status = 1
         try:
             run(method, folder, result)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
     return child
 
 
-def survive(method: str, folder: Path, kills: int) -> tuple[int, int]:
-    """How often the loop was killed, and how many resumptions there were before it ended."""
+def ended(child: int) -> int:
+    """Wait for the process; its status.
+
+    Workers of a process that is killed while it starts them wait for ever, since they take whoever
+    adopts them for their parent (``torch.utils.data._utils.worker.ManagerWatchdog``).
+    """
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    return status
+
+
+def survive(method: str, folder: Path, kills: int) -> int:
+    """Run once unharmed and once with kills; how many there were."""
     began = time.perf_counter()
-    finished(forked(method, folder / "whole", folder / "whole.pt"))
+    result = folder / "whole.pt"
+    check(ended(forked(method, folder / "whole", result)), result)
     duration = time.perf_counter() - began
-    chance, killed, ended = random.Random(0), 0, 0
-    while killed < kills or not ended:
-        if ended:
+    chance, killed, result = random.Random(0), 0, folder / "killed.pt"
+    while killed < kills or not result.exists():
+        if result.exists():
             # It ended before its kills were spent: once more from the beginning.
-            (folder / "killed.pt").unlink()
+            result.unlink()
             for old in (folder / "killed").iterdir():
                 old.unlink()
-            ended = 0
-        child = forked(method, folder / "killed", folder / "killed.pt")
+        child = forked(method, folder / "killed", result)
         if killed < kills:
             deadline = time.perf_counter() + chance.uniform(0.0, duration / 5)
             while time.perf_counter() < deadline:
                 time.sleep(0.002)
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        status = ended(child)
         if os.WIFSIGNALED(status):
             killed += 1
-        elif status == 0:
-            ended += 1
         else:
-            raise SystemExit(f"the loop failed with status {status}")
-    return killed, ended
+            check(status, result)
+    return killed
 
 
-def finished(child: int) -> None:
-    """Wait for a process that nobody kills."""
-    _, status = os.waitpid(child, 0)
+def check(status: int, result: Path) -> None:
+    """End with what the process had to say if it failed."""
     if status:
-        raise SystemExit(f"the loop failed with status {status}")
+        log = Path(f"{result}.log").read_text(encoding="utf-8")
+        raise SystemExit(f"the loop failed with status {status}:\n{log}")
 
 
 def main() -> None:
@@ -112,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     # The first optimiser of a process imports for a second; its children are spared that.
     torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    kills, _ = survive(options.method, options.folder, options.kills)
+    kills = survive(options.method, options.folder, options.kills)
     whole, killed = (
         torch.load(options.folder / f"{name}.pt", weights_only=True) for name in ("whole", "killed")
     )

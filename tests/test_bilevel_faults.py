@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -372,7 +373,11 @@ print(solver.stop_reason)
         if line.strip() == "12":
             break
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate(timeout=120)
+    try:
+        out, err = child.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 0, err
     *steps, reason = out.splitlines()
     assert reason == "interrupted (Ctrl-C)"
