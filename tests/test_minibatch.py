@@ -217,6 +217,30 @@ def test_averaging_the_iterates_of_sgd_takes_noise_away() -> None:
     assert spreads[0] < 0.7 * spreads[1]
 
 
+def test_sgd_started_at_the_answer_is_no_noisier_than_where_it_ends() -> None:
+    """A correction of the start would keep the noise of the one batch that it was found with."""
+    validation = lambda w, d: outer(w, d, (X_VAL, Y_VAL))  # noqa: E731
+    exact = hg.hypergradient(whole, validation, W, DECAY, solver=hg.Dense()).solve.x
+    errors = []
+    for x0 in (None, exact):
+        generator = torch.Generator().manual_seed(0)
+        loader = DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True, generator=generator)
+        sampled = hg.Sampled(inner, loader)
+        runs = [
+            hg.hypergradient(sampled, validation, W, DECAY, solver=hg.SGDSolve(300), x0=x0).solve.x
+            for _ in range(10)
+        ]
+        errors.append(sum(relative_error(x, exact) for x in runs) / 10)
+    assert errors[1] < 1.2 * errors[0]
+    A = hessian(whole, W, DECAY)
+    H = torch.stack([A.matvec(e) for e in torch.eye(5, dtype=torch.float64)])
+    corrected = [
+        torch.linalg.solve(H, hessian(lambda w, d, b=b: inner(w, d, b), W, DECAY).matvec(exact))
+        for b in batches(5)
+    ]
+    assert errors[1] < 0.5 * sum(relative_error(x, exact) for x in corrected) / len(corrected)
+
+
 def test_stochastic_solvers_report_divergence() -> None:
     A = hg.operators.Matrix(torch.diag(torch.tensor([1.0, -1.0])))
     for solver in (hg.StochasticNeumann(50), hg.SGDSolve(500), hg.SGDSolve(500, step=5.0)):

@@ -38,8 +38,7 @@ class LinearSolver(ABC):
 
     A new solver implements :meth:`solve_scaled`; :meth:`solve` does for all of them what is the
     same: it checks the input, widens half precision, scales b to norm 1 (so that a tiny b in low
-    precision does not underflow), starts from x0 by solving for the correction ``A e = b − A x0``,
-    and counts the products.
+    precision does not underflow), starts from x0, and counts the products.
 
     Attributes:
         needs_symmetric: whether the method is wrong for a non-symmetric A; ``solve`` then ends as
@@ -58,6 +57,21 @@ class LinearSolver(ABC):
             rhs_scale: the norm of the caller's right-hand side, by which it was divided; tolerances
                 relative to it are tolerances here, absolute ones are divided by it.
         """
+
+    def solve_scaled_from(
+        self, operator: LinearOperator, rhs: Tree, start: Tree, rhs_scale: float
+    ) -> Outcome:
+        """Solve ``A x = rhs`` from another x, by solving for the correction ``A e = b − A start``.
+
+        To be overridden where one product says too little of ``A start``: where each is of another
+        mini-batch.
+        """
+        residual = tr.subtract(rhs, operator.matvec(start))
+        # One that leaves more than all of b is a worse start than zero.
+        if not tr.norm(residual) <= 1.0:
+            return self.solve_scaled(operator, rhs, rhs_scale)
+        outcome = self.solve_scaled(operator, residual, rhs_scale)
+        return replace(outcome, x=tr.add(start, outcome.x))
 
     def solve(self, operator: LinearOperator, rhs: Tree, *, x0: Tree | None = None) -> Solution:
         """Solve ``A x = b``.
@@ -89,17 +103,12 @@ class LinearSolver(ABC):
             return Solution(tr.zeros_like(rhs), Status.NON_FINITE, 0, 0, None)
 
         unit = tr.divide(rhs, scale)
-        start = None if x0 is None else tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
-        if start is not None:
-            residual = tr.subtract(unit, counted.matvec(start))
-            # One that leaves more than all of b is a worse start than zero.
-            if tr.norm(residual) <= 1.0:
-                unit = residual
-            else:
-                start = None
-        outcome = self.solve_scaled(counted, unit, scale)
-        x = outcome.x if start is None else tr.add(start, outcome.x)
-        x = tr.scale(x, scale)
+        if x0 is None:
+            outcome = self.solve_scaled(counted, unit, scale)
+        else:
+            start = tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
+            outcome = self.solve_scaled_from(counted, unit, start, scale)
+        x = tr.scale(outcome.x, scale)
         if not tr.is_finite(x):
             outcome = replace(outcome, status=Status.NON_FINITE, residual_norm=None)
             x = tr.zeros_like(rhs)

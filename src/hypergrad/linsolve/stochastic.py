@@ -102,7 +102,18 @@ class SGDSolve(LinearSolver):
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         step = self.step or _estimated_step(operator)
         # From zero the first step needs no product: x = step b.
-        x = tr.scale(rhs, step)
+        return self._descend(operator, rhs, tr.scale(rhs, step), step)
+
+    def solve_scaled_from(
+        self, operator: LinearOperator, rhs: Tree, start: Tree, rhs_scale: float
+    ) -> Outcome:
+        # Not by a correction: the noise of its one product with the start would never average out.
+        step = self.step or _estimated_step(operator)
+        first = tr.add(tr.add(start, rhs, step), operator.matvec(start), -step)
+        return self._descend(operator, rhs, first, step)
+
+    def _descend(self, operator: LinearOperator, rhs: Tree, x: Tree, step: float) -> Outcome:
+        """The steps after the first one, which led to ``x``."""
         total, count = tr.zeros_like(rhs), 0
         for k in range(1, self.steps + 1):
             if not self.average or k > self.steps // 2:
