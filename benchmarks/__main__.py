@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from benchmarks.algorithms import measure as measure_algorithms
+from benchmarks.algorithms import print_courses
 from benchmarks.convergence import MOST, RANKS, TARGETS, Convergence
 from benchmarks.convergence import measure as measure_convergence
 from benchmarks.cost import CG_ITERATIONS, MODES, Cost, measure
 from benchmarks.digits import Problem, network
 from benchmarks.digits import logistic as digits_logistic
+from benchmarks.loop import REPEATS, print_overhead
+from benchmarks.loop import measure as measure_loop
 from benchmarks.processes import Memory, import_ratio, nystrom_memory
+from benchmarks.timing import machine
 from benchmarks.unrolling import COUNTS, PEERS, Unrolling, copies_a_step
 from benchmarks.unrolling import measure as measure_unrolling
 from benchmarks.workloads import cnn, logistic, mlp
@@ -43,12 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     repeats = 3 if options.quick else 15
 
-    machine = (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{datetime.datetime.now(datetime.timezone.utc).date()}"
-    )
-    print(f"{machine}\n\nMedians of {repeats} alternating runs; a unit is one gradient of f.")
+    print(f"{machine()}\n\nMedians of {repeats} alternating runs; a unit is one gradient of f.")
     progress = tqdm([mlp, cnn, logistic], desc="products", leave=False)
     costs = [measure(make(options.quick), repeats) for make in progress]
     print_costs(costs)
@@ -68,14 +64,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = (2, 4) if options.quick else (5, 20, 50)
     memory = nystrom_memory(ranks, CHUNK_SIZE, options.quick)
     print_memory(memory)
+    overhead = measure_loop(3 if options.quick else REPEATS, options.quick)
+    print_overhead(overhead)
+    courses = measure_algorithms(options.quick)
+    print_courses(courses)
     if options.json is not None:
         figures = {
-            "machine": machine,
+            "machine": machine(),
             "costs": [asdict(cost) for cost in costs],
             "convergence": [asdict(convergence) for convergence in convergences],
             "unrolling": [asdict(row) for row in unrollings],
             "import_ratio": ratio,
             "memory": [asdict(row) for row in memory],
+            "loop": asdict(overhead),
+            "algorithms": {name: [asdict(row) for row in rows] for name, rows in courses.items()},
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

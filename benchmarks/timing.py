@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
 
 
 def median_seconds(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -18,3 +24,23 @@ def median_seconds(work: Mapping[str, Callable[[], object]], repeats: int) -> di
             run()
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work so small that threads would mostly wait for each other, or for other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def machine() -> str:
+    """What the figures were measured on, and when."""
+    return (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{datetime.datetime.now(datetime.timezone.utc).date()}"
+    )

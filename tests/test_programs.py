@@ -60,6 +60,8 @@ def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
         "Unrolled SGD",
         "Import",
         "Peak",
+        "The loop beside a hand-written one",
+        "Bilevel algorithms",
     ):
         assert f"{title}" in out
     figures = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
