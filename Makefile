@@ -19,9 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,bench]'
 	touch $@
 
-demo: $(STAMP) ## Tune weight decays and learning rates on real data: tables, and pictures in examples/figures
+demo: $(STAMP) ## Tune decays, rates and sample weights on real data: tables, and pictures in examples/figures
 	$(BIN)/python examples/weight_decay.py
 	$(BIN)/python examples/learned_schedule.py
+	$(BIN)/python examples/bilevel_training.py
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest

@@ -72,7 +72,9 @@ def score(model: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, dict[
     return F.cross_entropy(logits, batch[1]), {"accuracy": 100.0 * hits.mean()}
 
 
-def learn(data: list[TensorDataset], folder: Path, steps: int, seed: int) -> hg.BilevelSolver:
+def learn(
+    data: list[TensorDataset], folder: Path, steps: int, seed: int, fresh: bool
+) -> hg.BilevelSolver:
     """What learns the weights, with all that listens, before its first step."""
     train, validation, test = data
     model, phi = network(seed), torch.zeros(TRAIN)
@@ -105,7 +107,7 @@ def learn(data: list[TensorDataset], folder: Path, steps: int, seed: int) -> hg.
             hg.bilevel.Evaluation(outer, DataLoader(test, len(test)), name="test", every=5),
             hg.bilevel.JSONL(folder / "log.jsonl"),
             hg.bilevel.TensorBoard(folder),
-            hg.bilevel.Checkpoint(folder, every=10),
+            hg.bilevel.Checkpoint(folder, every=10, overwrite=fresh),
         ],
     )
 
@@ -142,12 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(1)  # faster for operations as small as these
     data, wrong = load(options.seed)
-    solver = learn(data, options.folder, options.steps, options.seed)
-    if not options.resume:
-        for pattern in ("step-*.pt", "events.out.tfevents.*"):
-            for old in options.folder.glob(pattern):
-                old.unlink()
-    elif solver.resume(options.folder):
+    solver = learn(data, options.folder, options.steps, options.seed, not options.resume)
+    if options.resume and solver.resume(options.folder):
         print(f"going on after step {solver.outer_step}")
     history = solver.run()
     if solver.stop_reason is not None:

@@ -232,6 +232,60 @@ def test_batches_are_averaged_where_asked() -> None:
     torch.testing.assert_close(parts.hparams, whole.hparams, rtol=1e-9, atol=0.0)
 
 
+def test_a_truncated_solve_is_taken_up_where_it_ended() -> None:
+    """Two iterations a step solve the system over a few steps, while θ and φ stay."""
+    still = {"inner_optimizer": lambda w: torch.optim.SGD([w], lr=1e-14), "outer_steps": 12}
+    errors = []
+    for warm_start in (None, False):
+        method = bl.Implicit(
+            hg.CG(rtol=1e-9, maxiter=2), on_failure="ignore", warm_start=warm_start
+        )
+        solver = ridge_solver(
+            hypergradient=method, outer_optimizer=lambda c: torch.optim.SGD([c], lr=1e-14), **still
+        )
+        solver.params.fill_(1.0)
+        norm = float(exact(solver.params, solver.hparams).norm())
+        errors.append(abs(solver.run()["hypergradient_norm"][-1] / norm - 1.0))
+    assert errors[0] < 1e-3 * errors[1]
+
+
+def test_a_curvature_sees_the_batch_of_the_objective() -> None:
+    """Gauss–Newton of least squares and its penalty is the Hessian."""
+
+    def curvature(w: Tensor, c: Tensor, batch: Any) -> hg.operators.LinearOperator:
+        X, y = batch
+        return hg.operators.GaussNewton(
+            lambda w, c: X @ w,
+            lambda out, c: 0.5 * (out - y).square().mean(),
+            w,
+            c,
+            regulariser=lambda w, c: 0.5 * (c.exp() * w.square()).sum(),
+        )
+
+    def moved(method: bl.Implicit) -> Tensor:
+        solver = ridge_solver(hypergradient=method, outer_steps=2, inner_loader=shuffled())
+        solver.run()
+        return solver.hparams
+
+    plain = moved(bl.Implicit(hg.CG(rtol=1e-12)))
+    ours = moved(bl.Implicit(hg.CG(rtol=1e-12), curvature=curvature))
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=0.0)
+
+
+def test_the_inner_problem_is_trained_alone_where_asked() -> None:
+    solver = ridge_solver(outer_steps=1)
+    solver.run()
+    before = solver.hparams.clone()
+    losses = solver.train(200)
+    assert len(losses) == 200
+    assert losses[100] < losses[0]
+    assert torch.equal(solver.hparams, before)
+    assert float(derivatives(solver.params, before)[0].norm()) < 1e-6
+    assert solver.inner_step == 201
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        solver.train(0)
+
+
 def test_objectives_without_data_need_no_loader() -> None:
     w, c = torch.zeros(()), torch.ones(())
     solver = hg.BilevelSolver(

@@ -162,6 +162,13 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "inner_batches must be 1 with StocBiO",
     ),
+    "a curvature is of one batch": (
+        lambda: ridge_solver(
+            hypergradient=bl.Implicit(curvature=lambda w, c, b: None), inner_batches=2  # type: ignore[arg-type, return-value]
+        ),
+        ValueError,
+        "inner_batches must be 1 with a curvature",
+    ),
     "unrolled twice": (
         lambda: ridge_solver(hypergradient=hg.Unrolled(steps=3)),
         ValueError,

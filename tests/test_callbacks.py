@@ -75,10 +75,19 @@ def test_progress_shows_losses_and_the_receipt_of_the_solve() -> None:
     bar = bl.ProgressBar(file=screen, mininterval=0.0, ncols=160, desc="tuning")
     history = ridge_solver(callbacks=[bar]).run()
     last = screen.getvalue().rstrip().split("\r")[-1]
-    assert last.startswith("tuning: 100%")
-    assert "3/3" in last
-    assert f"inner {history[-1]['inner_loss']:.4g}, outer {history[-1]['outer_loss']:.4g}" in last
-    assert f"CONVERGED in {history[-1]['iterations']}, residual" in last
+    row = history[-1]
+    assert last.startswith("tuning: 3/3 |")
+    assert f"inner {row['inner_loss']:#.4g}, outer {row['outer_loss']:#.4g}" in last
+    assert last.endswith(f"CONVERGED in {row['iterations']}")
+
+
+def test_progress_shows_the_residual_of_a_solve_that_failed() -> None:
+    screen = io.StringIO()
+    bar = bl.ProgressBar(file=screen, mininterval=0.0, ncols=160)
+    method = bl.Implicit(hg.CG(maxiter=1), on_failure="ignore")
+    history = ridge_solver(hypergradient=method, callbacks=[bar]).run()
+    residual = f"MAX_ITERATIONS in 1, residual {history[-1]['relative_residual']:.0e}"
+    assert screen.getvalue().rstrip().endswith(residual)
 
 
 def test_progress_goes_on_where_the_loop_does() -> None:
@@ -121,6 +130,15 @@ def test_tables_hold_the_history(tmp_path: Path, name: str) -> None:
     for column in ("step", "outer_loss", "hparams[2]", "late", "relative_residual"):
         assert [as_number(row.get(column)) for row in rows] == history[column], column
     assert [row["status"] for row in rows] == history["status"]
+
+
+def test_a_new_run_hides_the_events_of_the_one_before(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (6, 3):
+        ridge_solver(outer_steps=steps, callbacks=[bl.TensorBoard(tmp_path)]).run()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("outer_loss")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -360,6 +378,14 @@ def test_a_plot_shows_what_the_history_holds(tmp_path: Path, method: Any) -> Non
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     assert lines["outer loss"].get_ydata().tolist() == history["outer_loss"]
     assert lines[f"hparams[{FEATURES - 1}]"].get_ydata().tolist() == history["hparams[4]"]
+
+
+def test_a_plot_has_a_panel_for_metrics() -> None:
+    history = digits_solver(bl.T1T2(), outer_steps=3).run()
+    axes = hg.plot(history).axes[-1]
+    assert axes.get_title() == "Metrics"
+    (line,) = (line for line in axes.get_lines() if line.get_label() == "inner/accuracy")
+    assert line.get_ydata().tolist() == history["inner/accuracy"]
 
 
 def test_a_plot_of_nothing_is_refused() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
+from hypergrad.bilevel.callbacks.checkpoint import checkpoints
 
 
 def sketched() -> bl.Implicit:
@@ -269,6 +270,11 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     again = ridge_solver(callbacks=[bl.Checkpoint(tmp_path)])
     with pytest.raises(ValueError, match=r"folder must hold no later steps than .* resume\("):
         again.run()
+    overwriting = bl.Checkpoint(tmp_path, overwrite=True)
+    ridge_solver(outer_steps=2, callbacks=[overwriting]).run()
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-00000002.pt", "step-00000001.pt",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
@@ -278,6 +284,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
 import resource, warnings
 from loops import ridge_solver
 from hypergrad import bilevel as bl
+from hypergrad.bilevel.callbacks.checkpoint import checkpoints
 from pathlib import Path
 folder = Path({str(tmp_path)!r})
 solver = ridge_solver(outer_steps=5, callbacks=[bl.Checkpoint(folder)])

@@ -12,6 +12,7 @@ from hypergrad.bilevel.callbacks import (
     TensorBoard,
     Timer,
 )
+from hypergrad.bilevel.choices import InnerOptimizer, Method
 from hypergrad.bilevel.estimators import (
     DARTS,
     T1T2,
@@ -41,7 +42,9 @@ __all__ = [
     "Evaluation",
     "History",
     "Implicit",
+    "InnerOptimizer",
     "Levels",
+    "Method",
     "ProgressBar",
     "Record",
     "StocBiO",

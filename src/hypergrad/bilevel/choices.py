@@ -50,6 +50,11 @@ def procedure(
             f"inner_batches must be 1 with {name}, which takes a fresh batch for each product, got "
             f"{inner_batches}"
         )
+    if isinstance(method, Implicit) and method.curvature is not None and inner_batches != 1:
+        raise ValueError(
+            f"inner_batches must be 1 with a curvature, which is that of one batch, got "
+            f"{inner_batches}"
+        )
     if isinstance(method, SingleLoop):
         _check_single_loop(method, levels, optimizer, inner_steps, restarts)
         if method.over_all_batches and (inner_batches, outer_batches) != (1, 1):

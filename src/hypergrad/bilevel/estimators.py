@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hypergrad import tree as tr
 from hypergrad.bilevel.levels import Levels
-from hypergrad.checks import check_choice, check_number
+from hypergrad.checks import check_choice, check_number, check_objective
 from hypergrad.evaluation import fresh_leaves
 from hypergrad.implicit import Hypergradient, OnFailure, check_solver, hypergradient
 from hypergrad.linsolve import (
@@ -60,7 +60,7 @@ class Estimator(ABC):
 
         Args:
             levels: the problem; its objectives draw batches.
-            x0: ``solve.x`` of the last estimate, if its solve did not fail.
+            x0: ``solve.x`` of the last estimate, if its solve got anywhere.
         """
 
 
@@ -71,7 +71,8 @@ class Implicit(Estimator):
     Args:
         solver: any of ``hg``, see :func:`hypergrad.hypergradient` for it and the rest.
         damping: added to the diagonal of the Hessian.
-        curvature: what to solve with in place of the Hessian.
+        curvature: ``curvature(params, hparams, batch)`` returns what to solve with in place of the
+            Hessian, on the one batch that f is evaluated on.
         mode: how products are computed.
         on_failure: what a failed solve does.
         warm_start: start the solve from the last solution. ``None``: where the solver has a
@@ -83,7 +84,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver = CG()
     damping: float | Literal["auto"] = 0.0
-    curvature: Callable[[Tree, Tree], LinearOperator] | None = None
+    curvature: Callable[[Tree, Tree, Any], LinearOperator] | None = None
     mode: Mode = "auto"
     on_failure: OnFailure = "warn"
     warm_start: bool | None = None
@@ -94,18 +95,21 @@ class Implicit(Estimator):
             check_number(self.damping, "damping", at_least=0.0)
         check_choice(self.mode, "mode", get_args(Mode))
         check_choice(self.on_failure, "on_failure", get_args(OnFailure))
+        if self.curvature is not None:
+            check_objective(self.curvature, "curvature", "(params, hparams, batch)")
 
     def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
         """By :func:`hypergrad.hypergradient`."""
         warm = hasattr(self.solver, "rtol") if self.warm_start is None else self.warm_start
+        batches, curvature = levels.draw_inner(), self.curvature
         result = hypergradient(
-            levels.inner_objective(),
+            levels.inner_objective(batches),
             levels.outer_objective(),
             levels.params.tree,
             levels.hparams.tree,
             solver=self.solver,
             damping=self.damping,
-            curvature=self.curvature,
+            curvature=None if curvature is None else lambda w, h: curvature(w, h, *batches),
             mode=self.mode,
             on_failure=self.on_failure,
             x0=x0 if warm else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -54,8 +53,11 @@ class Measured:
 
     def __call__(self, params: Tree, hparams: Tree, batch: Any) -> Any:
         """The scalar."""
-        with self._precision():
+        if self._autocast is None:
             value = self._objective(params, hparams, batch)
+        else:
+            with torch.autocast(self._device.type, dtype=self._autocast):
+                value = self._objective(params, hparams, batch)
         if isinstance(value, tuple):
             value, metrics = self._split(value)
             for key, entry in metrics.items():
@@ -93,11 +95,6 @@ class Measured:
             for key, entry in value[1].items()
         }
         return value[0], metrics
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._autocast)
 
 
 class Levels:
@@ -141,7 +138,9 @@ class Levels:
             TypeError, ValueError: f returns no scalar that depends on θ.
             NonFiniteError: the value or the gradient is infinite or NaN; θ has no gradient then.
         """
-        theta = fresh_leaves(self.params.tree)
+        theta = self.params.tree
+        if not all(leaf.requires_grad for leaf in self.params.leaves):
+            theta = fresh_leaves(theta)
         with torch.enable_grad():
             value = self.f(theta, tr.detach(self.hparams.tree), batch)
             check_value(value, "inner")
@@ -157,13 +156,17 @@ class Levels:
             leaf.grad = grad
         return value.item()
 
-    def inner_objective(self) -> Objective:
-        """``f(params, hparams)`` on the next batch, or the mean over the next few."""
-        return _over(self.f, self.inner_stream, self._inner_batches)
+    def draw_inner(self) -> list[Any]:
+        """The batches of f for one hypergradient."""
+        return [self.inner_stream.next() for _ in range(self._inner_batches)]
+
+    def inner_objective(self, batches: list[Any] | None = None) -> Objective:
+        """``f(params, hparams)``, the mean over some batches; by default the next ones."""
+        return _over(self.f, self.draw_inner() if batches is None else batches)
 
     def outer_objective(self) -> Objective:
-        """``g(params, hparams)``, likewise."""
-        return _over(self.g, self.outer_stream, self._outer_batches)
+        """``g(params, hparams)`` on the next batch, or the mean over the next few."""
+        return _over(self.g, [self.outer_stream.next() for _ in range(self._outer_batches)])
 
     def sampled_inner(self) -> Sampled:
         """``f`` on a fresh batch at each evaluation."""
@@ -177,10 +180,8 @@ class Levels:
         )
 
 
-def _over(objective: Measured, stream: Stream, count: int) -> Objective:
-    if count == 1:
-        return bind(objective, stream.next())
-    return Averaged(objective, [stream.next() for _ in range(count)])
+def _over(objective: Measured, batches: list[Any]) -> Objective:
+    return bind(objective, *batches) if len(batches) == 1 else Averaged(objective, batches)
 
 
 def _all_batches(stream: Stream) -> Sequence[Any]:

@@ -84,8 +84,12 @@ class Loop:
         while self.outer_step == 0 and self.inner_step < self._warmup_steps:
             if stopped():
                 return False
-            self._procedure.train(1)
+            self.train(1)
         return True
+
+    def train(self, steps: int) -> list[float]:
+        """Inner steps alone; the loss before each."""
+        return self._procedure.train(steps)
 
     def advance(self) -> Record:
         """One outer step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ class OuterStep:
         Raises:
             NonFiniteError: the hypergradient is infinite or NaN; φ stays as it was.
         """
-        if not tr.is_finite(grads):
+        norm = tr.norm(grads)
+        if not math.isfinite(norm):
             raise NonFiniteError("the hypergradient must be finite, got an infinity or a NaN")
         self._hparams.set_grads(grads)
         if self._clip is not None:
@@ -74,7 +76,7 @@ class OuterStep:
                 projected = self._project(self._hparams.tree)
             if projected is not None:
                 self._hparams.assign(projected, "the value of project")
-        return tr.norm(grads)
+        return norm
 
     @property
     def lr(self) -> float | None:

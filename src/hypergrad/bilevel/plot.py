@@ -16,10 +16,10 @@ _NAMED = 10
 
 
 def plot(history: History, path: Path | str | None = None) -> Figure:
-    """Draw both losses, the hypergradient's norm, the linear solves, and the outer parameters.
+    """Draw both losses, the norms, the linear solves, the outer parameters, and the metrics.
 
-    A column that the history does not have leaves its place in the picture out. Losses that fall
-    over more than a decade, and what is always above zero, are drawn on logarithmic axes.
+    What the history does not have is left out of the picture. Losses that fall over more than a
+    decade, and norms and residuals that are never zero, are drawn on logarithmic axes.
 
     Args:
         history: ``solver.history``.
@@ -37,18 +37,23 @@ def plot(history: History, path: Path | str | None = None) -> Figure:
     if len(history) == 0:
         raise ValueError("history must have at least one row, got none")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    solved = any(value is not None for value in history["iterations"])
-    panels = [_losses, _norms, *([_solves] if solved else []), _hparams]
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    grid = figure.subplots(2, 2).flatten()
+    panels = [_losses, _norms, _hparams]
+    if "iterations" in history.columns:
+        panels.insert(2, _solves)
+    if _metrics(history):
+        panels.append(_others)
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(11, 3.75 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2).flatten()
     for axes, draw in zip(grid, panels, strict=False):
         draw(axes, history)
         axes.grid(alpha=0.3)
+        axes.set_xlabel("outer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in grid[len(panels) :]:
         axes.remove()
-    for axes in grid[: len(panels)]:
-        axes.set_xlabel("outer step")
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -81,13 +86,16 @@ def _norms(axes: Axes, history: History) -> None:
 
 def _solves(axes: Axes, history: History) -> None:
     axes.set_title("Linear solves")
-    _line(axes, history, "iterations", color="C0")
+    from matplotlib.ticker import MaxNLocator
+
+    counts = _line(axes, history, "iterations", color="C0")
     axes.set_ylabel("iterations", color="C0")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0.0, 1.1 * max(*counts, 1.0))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if "relative_residual" not in history.columns:
         return
     residuals = axes.twinx()
-    values = _line(residuals, history, "relative_residual", color="C1")
+    values = _line(residuals, history, "relative_residual", color="C1", linewidth=1, alpha=0.7)
     residuals.set_ylabel("relative residual", color="C1")
     if min(values) > 0.0:
         residuals.set_yscale("log")
@@ -101,6 +109,23 @@ def _hparams(axes: Axes, history: History) -> None:
     axes.set_title("Outer parameters" if few else f"{len(names)} outer parameters")
     if few:
         axes.legend(fontsize="small")
+
+
+def _others(axes: Axes, history: History) -> None:
+    for name in _metrics(history):
+        _line(axes, history, name, label=name)
+    axes.set_title("Metrics")
+    axes.legend(fontsize="small")
+
+
+def _metrics(history: History) -> list[str]:
+    """The columns that objectives and evaluations have added, losses apart."""
+    apart = history.hparams
+    return [
+        name
+        for name in history.columns
+        if "/" in name and not name.endswith("/loss") and name not in apart
+    ]
 
 
 def _line(axes: Any, history: History, name: str, **look: Any) -> list[float]:

@@ -17,6 +17,7 @@ from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.training import Trainer, naming
 from hypergrad.errors import NonFiniteError
 from hypergrad.implicit import hypergradient
+from hypergrad.linsolve import Status
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.base import Slot
 from hypergrad.packing import from_leaves
@@ -112,7 +113,7 @@ class Alternating(Trained):
         self._levels.inner_lr = self._trainer.lr
         estimate = self._estimator.estimate(self._levels, self._solution)
         solve = estimate.solve
-        self._solution = None if solve is None or solve.status.failed else solve.x
+        self._solution = None if solve is None or solve.status in _LOST else solve.x
         return losses, estimate
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,6 +128,16 @@ class Alternating(Trained):
         if self._solution is not None:
             like = self._levels.params.tree
             self._solution = from_leaves(self._solution, like, "the warm start", "params")
+
+
+# Ends of a solve whose x is no start for the next one; one that only came too early is.
+_LOST = (
+    Status.BREAKDOWN,
+    Status.DIVERGED,
+    Status.NEGATIVE_CURVATURE,
+    Status.NON_FINITE,
+    Status.NOT_SYMMETRIC,
+)
 
 
 class Unrolling(Procedure):

@@ -288,6 +288,19 @@ class BilevelSolver:
         self._loop.warm_up(self._stopped)
         return self._recorded(self._loop.advance(), ())
 
+    def train(self, steps: int) -> list[float]:
+        """Inner steps alone, such as those that bring θ to the φ of the end.
+
+        Returns:
+            The loss before each.
+
+        Raises:
+            TypeError, ValueError: ``steps`` is no integer or below 1.
+            NonFiniteError, LoaderError: see :class:`BilevelSolver`.
+        """
+        check_count(steps, "steps")
+        return self._loop.train(steps)
+
     def stop(self, reason: str = "stopped") -> None:
         """End the loop after the present step."""
         self.stop_reason = reason

@@ -143,6 +143,8 @@ class Stream:
         return batch
 
     def _with_own_random_state(self, draw: Any) -> Any:
+        if isinstance(self.loader, (list, tuple)):
+            return draw()
         # A shuffling sampler draws its seed from the default generator, at a time of its choosing.
         callers = torch.get_rng_state()
         torch.set_rng_state(self._random)

@@ -46,6 +46,7 @@ class Variables:
                     f"{type(given).__name__} with none"
                 )
         check_tree(self.tree, name)
+        self._leaves = tr.leaves(self.tree)
         for where, leaf in self.named():
             if not leaf.is_leaf:
                 raise ValueError(
@@ -58,7 +59,7 @@ class Variables:
     @property
     def leaves(self) -> list[Tensor]:
         """The tensors, in the order of their structure."""
-        return tr.leaves(self.tree)
+        return self._leaves
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Each tensor with the expression that reaches it, such as ``hparams['decay']``."""

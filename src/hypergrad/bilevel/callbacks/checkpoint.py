@@ -28,6 +28,8 @@ class Checkpoint(Callback):
         folder: where the files go, ``step-00000012.pt`` and so on; made if need be.
         every: outer steps between them.
         keep: how many of the newest to keep.
+        overwrite: whether a loop that starts before the newest of the folder removes those that are
+            later; otherwise it is refused.
 
     Raises:
         TypeError, ValueError: a count is no integer or below 1.
@@ -35,12 +37,15 @@ class Checkpoint(Callback):
 
     saves: ClassVar[bool] = True
 
-    def __init__(self, folder: Path | str, *, every: int = 1, keep: int = 3) -> None:
+    def __init__(
+        self, folder: Path | str, *, every: int = 1, keep: int = 3, overwrite: bool = False
+    ) -> None:
         check_count(every, "every")
         check_count(keep, "keep")
         self._folder = Path(folder)
         self._every = every
         self._keep = keep
+        self._overwrite = overwrite
         self._saved: tuple[int, int] | None = None
 
     def on_start(self, solver: BilevelSolver) -> None:
@@ -53,10 +58,14 @@ class Checkpoint(Callback):
         files.remove_leftovers(self._folder)
         self._saved = solver.outer_step, solver.inner_step
         later = [path for path in checkpoints(self._folder) if step_of(path) > solver.outer_step]
-        if later:
+        if self._overwrite:
+            for path in later:
+                path.unlink()
+        elif later:
             raise ValueError(
                 f"folder must hold no later steps than that of the solver, {solver.outer_step}, "
-                f"got {later[0]}; call resume({str(self._folder)!r}) first, or take another folder"
+                f"got {later[0]}; call resume({str(self._folder)!r}) first, take another folder, "
+                "or pass overwrite=True"
             )
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:

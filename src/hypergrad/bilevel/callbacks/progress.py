@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
+from hypergrad.linsolve import Status
 
 if TYPE_CHECKING:
     from hypergrad.bilevel.solver import BilevelSolver
@@ -33,7 +34,7 @@ class ProgressBar(Callback):
         self._bar = self._make(
             total=solver.outer_steps,
             initial=solver.outer_step,
-            **{"desc": "outer steps", "dynamic_ncols": True} | self._options,
+            **{"desc": "outer steps", "dynamic_ncols": True, "bar_format": _FORMAT} | self._options,
         )
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:
@@ -47,11 +48,17 @@ class ProgressBar(Callback):
             self._bar.close()
 
 
+# tqdm's own leaves no room for the bar beside the losses, in a terminal of 80 columns.
+_FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
+
 def summary(record: Record) -> str:
     """The losses, and the receipt of the solve, in a few words."""
-    text = f"inner {record.inner_loss:.4g}, outer {record.outer_loss:.4g}"
+    text = f"inner {record.inner_loss:#.4g}, outer {record.outer_loss:#.4g}"
     if record.status is None:
         return text
+    text += f", {record.status} in {record.iterations}"
     residual = record.relative_residual
-    measured = "" if residual is None else f", residual {residual:.1e}"
-    return f"{text}, {record.status} in {record.iterations}{measured}"
+    # Where it converged the residual is what was asked for.
+    known = residual is None or record.status == Status.CONVERGED.name
+    return text if known else f"{text}, residual {residual:.0e}"

@@ -33,16 +33,15 @@ class TensorBoard(Callback):
 
     def on_start(self, solver: BilevelSolver) -> None:
         """Begin a file; what earlier ones hold of steps to come is not shown any more."""
-        step = solver.outer_step
-        begin = {"purge_step": step + 1 if step else None} | self._options
-        self._writer = self._make(str(self._folder), **begin)
+        options = {"purge_step": solver.outer_step + 1} | self._options
+        self._writer = self._make(str(self._folder), **options)
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:
         """Write the numbers."""
         row = record.row()
         for name in record.hparams:
             # TensorBoard groups by what stands before the slash.
-            row[f"hparams/{name.removeprefix('hparams')}"] = row.pop(name)
+            row[f"hparams/{name.removeprefix('hparams').lstrip()}"] = row.pop(name)
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, record.step)
