@@ -23,14 +23,22 @@ def test_the_demos_problem_is_fine() -> None:
     import weight_decay
 
     data = weight_decay.load(seed=0)
-    params, log_decay = weight_decay.start(data)
-    report = hg.check(data.inner, data.outer, params, log_decay)
+    *_, log_decay = weight_decay.start()
+    params = weight_decay.fit(data, log_decay)
+
+    def inner(w: Tensor, log_decay: Tensor) -> Tensor:
+        return weight_decay.inner(w, log_decay, data[0])
+
+    def outer(w: Tensor, log_decay: Tensor) -> Tensor:
+        return weight_decay.outer(w, log_decay, data[1])
+
+    report = hg.check(inner, outer, params, log_decay)
     assert report.ok
     assert report.findings == ()
     assert (report.size, report.outer_size) == (31, 30)
     assert report.newton_step < 1e-6
     assert report.eigenvalues.smallest > 0.0
-    H, *_ = dense_parts_of(data.inner, params, log_decay)
+    H, *_ = dense_parts_of(inner, params, log_decay)
     values = torch.linalg.eigvalsh(H)
     assert report.eigenvalues.largest == pytest.approx(float(values[-1]), rel=1e-3)
     assert report.eigenvalues.smallest == pytest.approx(float(values[0]), rel=0.05)
@@ -44,10 +52,10 @@ def test_the_demos_problem_is_fine() -> None:
     assert report.damping == 0.0
 
 
-def dense_parts_of(inner: Callable, params: dict[str, Tensor], log_decay: Tensor) -> tuple:
+def dense_parts_of(inner: Callable, params: Tensor, log_decay: Tensor) -> tuple:
     from problems import Problem
 
-    problem = Problem("", inner, lambda w, h: w["weight"].sum(), params, log_decay, None, 0, 0.0)
+    problem = Problem("", inner, lambda w, h: w.sum(), params, log_decay, None, 0, 0.0)
     return dense_parts(problem)
 
 
