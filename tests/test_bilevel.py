@@ -449,6 +449,16 @@ def test_autocast_reaches_both_objectives() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_the_device_is_told_or_that_of_the_parameters() -> None:
+    told, found = ridge_solver(device="cpu"), ridge_solver()
+    assert told.device == found.device == torch.device("cpu")
+    told.run()
+    found.run()
+    assert torch.equal(told.hparams, found.hparams)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        ridge_solver(device="nowhere")
+
+
 def test_whoever_breaks_off_can_go_on() -> None:
     whole, parts = (ridge_solver(inner_loader=shuffled(), outer_steps=6) for _ in range(2))
     whole.run()

@@ -341,6 +341,15 @@ def test_an_outer_parameter_that_no_objective_uses_gets_zero_and_a_warning() -> 
     assert decay["used"].any()
 
 
+@pytest.fixture
+def _heeding_ctrl_c() -> Iterator[None]:
+    """Shells tell what they start in the background to ignore Ctrl-C, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeding_ctrl_c")
 def test_ctrl_c_finishes_the_step_saves_and_stops(tmp_path: Path) -> None:
     class Interrupting(bl.Callback):
         def on_step(self, solver: bl.BilevelSolver, record: bl.Record) -> None:
@@ -358,6 +367,7 @@ def test_ctrl_c_finishes_the_step_saves_and_stops(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("_heeding_ctrl_c")
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="sends a signal to a group of processes")
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_step_ends(tmp_path: Path) -> None:
     program = f"""
@@ -391,6 +401,7 @@ print(solver.stop_reason)
     assert checkpoints(tmp_path)[0].name == f"step-{int(steps[-1] if steps else 12):08d}.pt"
 
 
+@pytest.mark.usefixtures("_heeding_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None:
     def impatient(w: Tensor, c: Tensor, batch: Any) -> Tensor:
         for _ in range(2):

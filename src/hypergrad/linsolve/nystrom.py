@@ -215,7 +215,7 @@ class NystromPreconditioner(Preconditioner):
             return float(magnitudes.min()) <= small
 
         n = tr.size(operator.like)
-        rank = self._rank if isinstance(self._rank, str) else min(self._rank, n)
+        rank = self._rank if self._rank == "auto" else min(self._rank, n)
         made = _draw_sketch(
             operator, rank, self._test, self._max_rank, self._chunk_size, self._generator, enough
         )
