@@ -24,8 +24,8 @@ demo: $(STAMP) ## Tune decays, rates and sample weights on real data: tables, an
 	$(BIN)/python examples/learned_schedule.py
 	$(BIN)/python examples/bilevel_training.py
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run the tests, a process for each core
+	$(BIN)/python -m pytest -n auto
 
 lint: $(STAMP) ## Check style and format
 	$(BIN)/ruff check
