@@ -310,6 +310,86 @@ print(*(str(entry.message) for entry in caught if "written" in str(entry.message
     assert solver.outer_step == 2
 
 
+def test_a_state_that_could_not_be_read_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    class Odd(bl.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": [np.float64(1.0)]}
+
+    solver = ridge_solver(callbacks=[Odd()])
+    message = r"got numpy\.float64 at the state\['callbacks'\]\[0\]\[1\]\['best'\]\[0\]"
+    with pytest.raises(TypeError, match=message):
+        solver.save(tmp_path / "state.pt")
+    assert not list(tmp_path.iterdir())
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "milestones": lambda sgd: torch.optim.lr_scheduler.MultiStepLR(sgd, [2, 4]),
+    "function": lambda sgd: torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: 0.9**k),
+    "cosine": lambda sgd: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(sgd, 3),
+    "cyclic": lambda sgd: torch.optim.lr_scheduler.CyclicLR(sgd, 0.01, 0.1, step_size_up=2),
+    "in turn": lambda sgd: torch.optim.lr_scheduler.SequentialLR(
+        sgd,
+        [
+            torch.optim.lr_scheduler.LinearLR(sgd, total_iters=2),
+            torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9),
+        ],
+        [3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_every_kind_are_resumed(tmp_path: Path, name: str) -> None:
+    def make() -> hg.BilevelSolver:
+        w, decay = (torch.zeros(FEATURES, dtype=torch.float64) for _ in range(2))
+        sgd = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        return hg.BilevelSolver(
+            inner, outer, w, decay, inner_loader=[TRAIN], outer_loader=[VALIDATION],
+            inner_optimizer=sgd, outer_optimizer=torch.optim.SGD([decay], lr=0.5),
+            inner_scheduler=SCHEDULES[name](sgd), outer_steps=7,
+        )  # fmt: skip
+
+    whole, began, resumed = make(), make(), make()
+    whole.run()
+    for record in began:
+        if record.step == 3:
+            break
+    began.save(tmp_path / "state.pt")
+    resumed.load(tmp_path / "state.pt")
+    resumed.run()
+    assert torch.equal(resumed.hparams, whole.hparams)
+    assert resumed.history["inner_lr"] == whole.history["inner_lr"]
+
+
+OPTIMIZERS: dict[str, Callable[[Tensor], torch.optim.Optimizer]] = {
+    "LBFGS": lambda w: torch.optim.LBFGS([w], max_iter=5, line_search_fn="strong_wolfe"),
+    "AdamW": lambda w: torch.optim.AdamW([w], amsgrad=True),
+    "NAdam": lambda w: torch.optim.NAdam([w]),
+    "Adafactor": lambda w: torch.optim.Adafactor([w]),
+    "Rprop": lambda w: torch.optim.Rprop([w]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimisers_of_every_kind_are_resumed(tmp_path: Path, name: str) -> None:
+    def make() -> hg.BilevelSolver:
+        return ridge_solver(
+            inner_optimizer=OPTIMIZERS[name], inner_loader=shuffled(), outer_steps=6,
+            hypergradient=bl.T1T2(lr=0.1),
+        )  # fmt: skip
+
+    whole, began, resumed = make(), make(), make()
+    whole.run()
+    for record in began:
+        if record.step == 3:
+            break
+    began.save(tmp_path / "state.pt")
+    resumed.load(tmp_path / "state.pt")
+    resumed.run()
+    assert torch.equal(resumed.params, whole.params)
+    assert torch.equal(resumed.hparams, whole.hparams)
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_of_save(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(OSError, match="file"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ def write(state: dict[str, Any], path: Path) -> None:
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
+        TypeError: ``state`` holds something that :func:`read` would refuse; likewise.
     """
+    _check_plain(state, "the state")
     path.parent.mkdir(parents=True, exist_ok=True)
     # In memory first: torch.save reports a full disk in words of its own.
     buffer = io.BytesIO()
@@ -65,6 +68,28 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} has version {state['version']} of the format, this hypergrad reads {VERSION}"
         )
     return state
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raise unless ``torch.load(weights_only=True)`` takes all of ``value``.
+
+    Exactly these types: a NumPy float is a float, but is not saved as one.
+    """
+    kind = type(value)
+    if kind in (dict, OrderedDict, Counter):
+        for key, entry in value.items():
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif kind in (list, tuple):
+        for i, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{i}]")
+    elif kind not in _PLAIN:
+        raise TypeError(
+            "a checkpoint can hold tensors, numbers, strings, lists and dictionaries, got "
+            f"{kind.__module__}.{kind.__qualname__} at {where}"
+        )
+
+
+_PLAIN = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -314,6 +314,7 @@ class BilevelSolver:
 
         Raises:
             OSError: it cannot be written; what was there stays.
+            TypeError: something has a state that a checkpoint cannot hold, such as a callback's.
         """
         state = {
             "problem": self._problem(),

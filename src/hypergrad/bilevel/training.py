@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hypergrad.bilevel.levels import Levels
 from hypergrad.errors import NonFiniteError
@@ -136,6 +137,14 @@ def load_optimizer_state(
 ) -> None:
     """The inverse."""
     optimizer.load_state_dict(state["optimizer"])
+    # PyTorch casts to the dtype of the parameter what an optimiser may keep in another, such as
+    # the running product of NAdam.
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index, slots in state["optimizer"]["state"].items():
+        loaded = optimizer.state[params[index]]
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.dtype != loaded[name].dtype:
+                loaded[name] = value.to(loaded[name].device, copy=True)
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
 
