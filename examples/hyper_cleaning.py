@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def f1(called: Tensor, wrong: Tensor) -> float:
 
 
 def measure(
-    data: Data, methods: Sequence[str], seed: int
+    data: Data, recipes: dict[str, Recipe], seed: int
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """The table, and the weights of each method."""
     plain = fit(data, data.validation, torch.ones(len(data.validation[1])))
@@ -205,9 +205,9 @@ def measure(
         {CASE: "those as predicted", "F1": f1(~agree, data.wrong), **compare(data, agree.float())},
     ]
     found = []
-    for name in methods:
+    for name, recipe in recipes.items():
         began = time.perf_counter()
-        weights = clean(data, name, METHODS[name], seed)
+        weights = clean(data, name, recipe, seed)
         seconds = time.perf_counter() - began
         score = {"F1": f1(weights < 0.5, data.wrong), "seconds": seconds}
         rows.append({CASE: f"as weighted by {name}", **score, **compare(data, weights)})
@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME",
                         help=f"any of {', '.join(METHODS)}; all")  # fmt: skip
+    parser.add_argument("--steps", type=int, help="outer steps; each method's own")
     parser.add_argument("--train", type=int, help="training rows; 5000")
     parser.add_argument("--validation", type=int, help="validation rows; 5000")
     parser.add_argument("--full", action="store_true", help="50,000 and 10,000 of them")
@@ -288,14 +289,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="the picture")
     parser.add_argument("--results", type=Path, help="the table, as JSON")
     options = parser.parse_args(argv)
+    sizes = (50_000, 10_000) if options.full else (5_000, 5_000)
     train, validation = (
-        given or size
-        for given, size in zip(
-            (options.train, options.validation),
-            (50_000, 10_000) if options.full else (5_000, 5_000),
-            strict=True,
-        )
+        size if given is None else given
+        for given, size in zip((options.train, options.validation), sizes, strict=True)
     )
+    if min(train, validation) < 1:
+        parser.error(
+            f"there must be rows to train on and to validate, not {train} and {validation}"
+        )
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, not {options.steps}")
+    if not 0.0 < options.noise < 1.0:
+        parser.error(f"--noise must be between 0 and 1, not {options.noise}")
     try:
         images, test = mnist.load(options.data)
     except (OSError, ValueError) as error:
@@ -308,7 +314,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = prepare(images, test, train, validation, options.noise)
     print(f"{train} training rows, {int(data.wrong.sum())} of them with a wrong label; "
           f"{validation} validation rows, {len(test.labels)} test rows")  # fmt: skip
-    rows, found = measure(data, options.method, options.seed)
+    recipes = {name: METHODS[name] for name in options.method}
+    if options.steps is not None:
+        recipes = {
+            name: replace(recipe, outer_steps=options.steps) for name, recipe in recipes.items()
+        }
+    rows, found = measure(data, recipes, options.seed)
     print_table(rows)
     name = "hyper_cleaning_full" if options.full else "hyper_cleaning"
     print(f"\nresults: {save(name, options, rows, options.results)}")

@@ -103,7 +103,13 @@ def lasso(rows: Rows) -> Fit:
         # Lasso has one penalty for all: in columns divided by l1_j, that of v_j = l1_j w_j is 1.
         l1 = log_l1.exp()
         gram = len(rows.y) * rows.gram / l1 / l1[:, None]
-        model = Lasso(alpha=1.0, fit_intercept=False, tol=TIGHT, precompute=gram.numpy())
+        model = Lasso(
+            alpha=1.0,
+            fit_intercept=False,
+            tol=TIGHT,
+            max_iter=100_000,
+            precompute=gram.numpy(),
+        )
         return torch.from_numpy(model.fit((rows.X / l1).numpy(), rows.y.numpy()).coef_) / l1
 
     return fit
@@ -123,6 +129,7 @@ def elastic_net(rows: Rows) -> Fit:
             l1_ratio=l1 / (l1 + l2),
             fit_intercept=False,
             tol=TIGHT,
+            max_iter=100_000,
             precompute=(len(rows.y) * rows.gram).numpy(),
         )
         return torch.from_numpy(model.fit(rows.X.numpy(), rows.y.numpy()).coef_)
@@ -194,6 +201,7 @@ def tune(
     visited: list[Tensor] = []
     losses: list[float] = []
     times: list[float] = []
+    units: list[float] = []
 
     with tqdm(desc=f"{data.name}: {name}", leave=False) as bar:
 
@@ -207,7 +215,10 @@ def tune(
             times.append(time.perf_counter() - began)
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.4f}")
-            return loss.item(), phi.grad.numpy()
+            # The first step of L-BFGS-B is as long as the gradient, so too short where many
+            # penalties share a small one: in these units it is 1.
+            units.append(1.0 / float(phi.grad.norm()))
+            return units[0] * loss.item(), units[0] * phi.grad.numpy()
 
         middle = np.log(data.largest)
         minimize(
@@ -215,7 +226,7 @@ def tune(
             start.numpy(),
             jac=True,
             method="L-BFGS-B",
-            bounds=[(middle - 12.0, middle + 6.0)] * len(start),
+            bounds=[(middle - 9.0, middle + 4.0)] * len(start),
             options={"maxiter": steps, "ftol": 3e-6, "gtol": 0.0},
         )
     best = visited[int(np.argmin(losses))]

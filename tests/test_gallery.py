@@ -27,6 +27,7 @@ def module(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded  # where dataclasses look for it
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -180,6 +181,30 @@ def test_without_the_data_an_example_says_how_to_get_them(tmp_path: Path) -> Non
     assert "`make data` fetches MNIST" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train=0"], "rows to train on and to validate, not 0 and 5000"),
+        (["--train=700", "--validation=501"], "there are 1200 rows, not 700 + 501"),
+        (["--full"], "there are 1200 rows, not 50000 + 10000"),
+        (["--steps=0"], "--steps must be at least 1, not 0"),
+        (["--noise=1"], "--noise must be between 0 and 1, not 1.0"),
+    ],
+)
+def test_hyper_cleaning_refuses_what_it_cannot_do(
+    digits: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with pytest.raises(SystemExit) as caught:
+        module("hyper_cleaning").main([f"--data={digits}", *arguments])
+    assert caught.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_hyper_cleaning_finds_wrong_labels_and_helps_on_test_rows(
