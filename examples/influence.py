@@ -310,7 +310,7 @@ def draw(
     path: Path,
 ) -> None:
     """Save predicted beside actual changes, the rows of most influence, the search for flips."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(12, 9.5), layout="constrained")
     (scatter, bars), (search, mended) = figure.subplots(2, 2)
 
     scatter.axline((0.0, 0.0), slope=1.0, color="0.7", zorder=0)
@@ -346,7 +346,9 @@ def draw(
     repeats = len(next(iter(found.values()))["precision"])
     search.set(ylabel="flipped labels found, %", title=f"Flipped labels, mean of {repeats} draws")
     mended.set(ylabel="test loss", title="The test loss when those found are put right")
-    search.legend(title="rows in the order of")
+    search.legend(
+        title="rows in the order of", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12)
+    )
     for axes in (search, mended):
         axes.set(xlabel="training rows looked at, %")
     for axes in (scatter, bars, search, mended):

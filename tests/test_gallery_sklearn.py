@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 Table = dict[str, dict[str, Any]]
 
 SMALL = {
-    "influence": ("--retrain=40", "--draws=2", "--repeats=1"),
+    "influence": ("--retrain=40", "--draws=1", "--repeats=1"),
     "sklearn_penalties": ("--only=synthetic", "--rows=400", "--features=40", "--folds=3"),
 }
 
