@@ -322,6 +322,21 @@ def test_a_state_that_could_not_be_read_is_refused_when_it_is_saved(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def whole_and_resumed(
+    make: Callable[[], hg.BilevelSolver], path: Path
+) -> tuple[hg.BilevelSolver, hg.BilevelSolver]:
+    """A solver that ran through, and one that went on from the third step of another."""
+    whole, began, resumed = make(), make(), make()
+    whole.run()
+    for record in began:
+        if record.step == 3:
+            break
+    began.save(path)
+    resumed.load(path)
+    resumed.run()
+    return whole, resumed
+
+
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "milestones": lambda sgd: torch.optim.lr_scheduler.MultiStepLR(sgd, [2, 4]),
     "function": lambda sgd: torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: 0.9**k),
@@ -349,14 +364,7 @@ def test_schedules_of_every_kind_are_resumed(tmp_path: Path, name: str) -> None:
             inner_scheduler=SCHEDULES[name](sgd), outer_steps=7,
         )  # fmt: skip
 
-    whole, began, resumed = make(), make(), make()
-    whole.run()
-    for record in began:
-        if record.step == 3:
-            break
-    began.save(tmp_path / "state.pt")
-    resumed.load(tmp_path / "state.pt")
-    resumed.run()
+    whole, resumed = whole_and_resumed(make, tmp_path / "state.pt")
     assert torch.equal(resumed.hparams, whole.hparams)
     assert resumed.history["inner_lr"] == whole.history["inner_lr"]
 
@@ -378,14 +386,7 @@ def test_optimisers_of_every_kind_are_resumed(tmp_path: Path, name: str) -> None
             hypergradient=bl.T1T2(lr=0.1),
         )  # fmt: skip
 
-    whole, began, resumed = make(), make(), make()
-    whole.run()
-    for record in began:
-        if record.step == 3:
-            break
-    began.save(tmp_path / "state.pt")
-    resumed.load(tmp_path / "state.pt")
-    resumed.run()
+    whole, resumed = whole_and_resumed(make, tmp_path / "state.pt")
     assert torch.equal(resumed.params, whole.params)
     assert torch.equal(resumed.hparams, whole.hparams)
 
