@@ -16,21 +16,20 @@ rows to train on and 10,000 to validate.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mnist
 import torch
 from matplotlib.figure import Figure
-from report import print_table, save
 from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad as hg
+import mnist
+import report
 
 Params = tuple[Tensor, Tensor]  # weights, shape (10, pixels), and biases, shape (10,)
 Rows = tuple[Tensor, Tensor]  # pixels from 0 to 1, shape (n, pixels), and labels, shape (n,)
@@ -216,16 +215,15 @@ def measure(
     return rows, found
 
 
-def draw(data: Data, rows: list[dict[str, Any]], name: str, weights: Tensor, path: Path) -> None:
-    """Save the weights by truth, the accuracies, and images with what was made of them."""
+def draw(data: Data, rows: list[dict[str, Any]], name: str, weights: Tensor) -> Figure:
+    """The weights by truth, the accuracies, and images with what was made of them."""
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     panels: Any = figure.subfigures(1, 3, width_ratios=[1.0, 1.2, 1.3])
     left, middle, right = panels
     draw_weights(left.subplots(), weights, data.wrong, name)
     draw_accuracies(middle.subplots(), rows)
     draw_images(right.subplots(3, 6), data, weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def draw_weights(axes: Any, weights: Tensor, wrong: Tensor, name: str) -> None:
@@ -276,18 +274,14 @@ def draw_images(grid: Any, data: Data, weights: Tensor) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Corrupt, clean by each method, train anew; print, save and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.arguments(__doc__, full="50,000 and 10,000 rows", seed="of rows and labels")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME",
                         help=f"any of {', '.join(METHODS)}; all")  # fmt: skip
     parser.add_argument("--steps", type=int, help="outer steps; each method's own")
     parser.add_argument("--train", type=int, help="training rows; 5000")
     parser.add_argument("--validation", type=int, help="validation rows; 5000")
-    parser.add_argument("--full", action="store_true", help="50,000 and 10,000 of them")
     parser.add_argument("--noise", type=float, default=0.5, help="share of corrupted labels; 0.5")
-    parser.add_argument("--seed", type=int, default=0, help="of rows and labels; 0")
     parser.add_argument("--data", type=Path, default=mnist.FOLDER, help="the files of MNIST")
-    parser.add_argument("--output", type=Path, help="the picture")
-    parser.add_argument("--results", type=Path, help="the table, as JSON")
     options = parser.parse_args(argv)
     sizes = (50_000, 10_000) if options.full else (5_000, 5_000)
     train, validation = (
@@ -320,12 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name: replace(recipe, outer_steps=options.steps) for name, recipe in recipes.items()
         }
     rows, found = measure(data, recipes, options.seed)
-    print_table(rows)
-    name = "hyper_cleaning_full" if options.full else "hyper_cleaning"
-    print(f"\nresults: {save(name, options, rows, options.results)}")
-    picture = options.output or Path(__file__).parent / "figures" / f"{name}.png"
-    draw(data, rows, options.method[0], found[0], picture)
-    print(f"picture: {picture}")
+    figure = draw(data, rows, options.method[0], found[0])
+    report.finish("hyper_cleaning", options, {f"{train} training rows": rows}, figure)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from report import print_table, save
 from scipy.stats import pearsonr, spearmanr
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hypergrad as hg
+from report import print_table, save
 
 HARDEST = 5
 SHARES = [i / 100 for i in range(0, 32, 2)]

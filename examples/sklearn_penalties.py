@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from report import print_table, save
 from scipy.optimize import minimize
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import ElasticNet, ElasticNetCV, Lasso, LassoCV, Ridge
@@ -36,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hypergrad as hg
+from report import print_table, save
 
 Fit = Callable[[Tensor], Tensor]
 """From log-penalties to the coefficients w, shape ``(p,)``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,3 +14,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like MNIST's, with scikit-learn's digits: 1,200 to train on and 597 to test."""
+    from gallery import write_digits  # only these tests wait for scikit-learn
+
+    return write_digits(tmp_path_factory.mktemp("digits"))

@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from math import prod
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor
+from gallery import ROOT, idx, run, start, write
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
-SIZES = {"train": 1200, "t10k": 597}
-
-
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded  # where dataclasses look for it
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-mnist, report = module("mnist"), module("report")
-
-
-def idx(data: Tensor) -> bytes:
-    sizes = b"".join(size.to_bytes(4, "big") for size in data.shape)
-    return bytes([0, 0, 8, data.ndim]) + sizes + bytes(data.flatten().tolist())
-
-
-def write(folder: Path, images: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
-    for split in images:
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(images[split]))
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels[split]))
+import hyper_cleaning
+import mnist
+import report
 
 
 @pytest.fixture
@@ -53,31 +24,6 @@ def some(tmp_path: Path) -> Path:
     images = {split: torch.arange(6 * n).view(n, 3, 2) for split, n in sizes.items()}
     write(tmp_path, images, {split: torch.arange(n) for split, n in sizes.items()})
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's digits of 8 × 8 in the files of MNIST."""
-    folder = tmp_path_factory.mktemp("digits")
-    X, y = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    images = (X[order] * 255 / 16).round().to(torch.uint8).view(-1, 8, 8)
-    splits = (data.split([*SIZES.values()]) for data in (images, y[order]))
-    write(folder, *(dict(zip(SIZES, split, strict=True)) for split in splits))
-    return folder
-
-
-def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One example in a process of its own, on one thread."""
-    command = [
-        f"examples/{name}.py", f"--output={folder / 'deep' / 'picture.png'}",
-        f"--results={folder / 'deep' / 'results.json'}", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT, text=True, capture_output=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -176,11 +122,25 @@ def test_a_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_the_data_an_example_says_how_to_get_them(tmp_path: Path) -> None:
-    result = run(tmp_path, "hyper_cleaning", f"--data={tmp_path}")
-    assert result.returncode == 2
-    assert "`make data` fetches MNIST" in result.stderr
-    assert "Traceback" not in result.stderr
+    process = start(tmp_path, "hyper_cleaning", f"--data={tmp_path}")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "`make data` fetches MNIST" in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "deep").exists()
+
+
+def test_results_can_be_got_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(ROOT / "examples" / "some.py"), "--full", "--seed=3"])
+    options = report.arguments("Some example.", full="large").parse_args()
+    options.results, options.output = tmp_path / "deep" / "a.json", tmp_path / "deep" / "a.png"
+    report.finish("some", options, {"losses": [{"at": 1, "loss": float("nan")}]}, Figure())
+    saved = json.loads(options.results.read_text(encoding="utf-8"))
+    assert saved["command"] == "python examples/some.py --full --seed=3"
+    assert (saved["name"], saved["seed"], saved["options"]["full"]) == ("some_full", 3, True)
+    assert saved["versions"]["torch"] == torch.__version__
+    assert saved["tables"] == {"losses": [{"at": 1, "loss": None}]}
+    assert options.output.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -197,12 +157,10 @@ def test_hyper_cleaning_refuses_what_it_cannot_do(
     digits: Path,
     arguments: list[str],
     words: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
     with pytest.raises(SystemExit) as caught:
-        module("hyper_cleaning").main([f"--data={digits}", *arguments])
+        hyper_cleaning.main([f"--data={digits}", *arguments])
     assert caught.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
 
@@ -210,21 +168,13 @@ def test_hyper_cleaning_refuses_what_it_cannot_do(
 def test_hyper_cleaning_finds_wrong_labels_and_helps_on_test_rows(
     digits: Path, tmp_path: Path
 ) -> None:
-    result = run(
+    out, tables = run(
         tmp_path, "hyper_cleaning", f"--data={digits}", "--train=700", "--validation=500",
         "--method", "cg", "soba",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
-    saved = json.loads((tmp_path / "deep" / "results.json").read_text(encoding="utf-8"))
-    assert saved["command"].startswith("python examples/hyper_cleaning.py --output=")
-    assert saved["options"]["method"] == ["cg", "soba"]
-    assert saved["seed"] == 0
-    assert saved["versions"]["torch"] == torch.__version__
-    rows: dict[str, dict[str, Any]] = {row["training rows"]: row for row in saved["rows"]}
-    assert all(name in result.stdout for name in rows)
+    rows = {row["training rows"]: row for row in tables["700 training rows"]}
     alike, oracle = (rows[name] for name in ("all alike", "the right ones (oracle)"))
-    assert "350 of them with a wrong label" in result.stdout
+    assert "350 of them with a wrong label" in out
     for name in ("cg", "soba"):
         learned = rows[f"as weighted by {name}"]
         assert learned["F1"] > 0.85
