@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,35 @@ def test_transforms(name: str) -> None:
     torch.testing.assert_close(torch.func.hessian(loss)(batch[0]), hessian, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(
         torch.func.jacrev(torch.func.jacrev(loss))(batch[0]), hessian, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_transforms_reach_a_fit_that_leaves_pytorch() -> None:
+    matrix = (X.T @ X).numpy()
+
+    def loss(w: Tensor, decay: Tensor) -> Tensor:
+        return 0.5 * (w @ (X.T @ X) @ w) + 0.5 * (decay.exp() * w**2).sum() - w.sum()
+
+    @hg.argmin(loss, solver=hg.CG(rtol=1e-12), has_aux=True)
+    def fit(decay: Tensor) -> tuple[Tensor, Tensor]:
+        solved = np.linalg.solve(matrix + np.diag(np.exp(decay.numpy())), np.ones(len(matrix)))
+        return torch.from_numpy(solved), decay
+
+    def exact(decay: Tensor) -> Tensor:
+        return torch.linalg.solve(X.T @ X + decay.exp().diag(), torch.ones_like(decay))
+
+    decay = DECAY.detach().clone()
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(
+            transform(lambda d: fit(d)[0])(decay), transform(exact)(decay), rtol=1e-8, atol=1e-12
+        )
+        of_aux = transform(lambda d: fit(d)[1])(decay)
+        assert torch.equal(of_aux, torch.zeros_like(of_aux))
+    torch.testing.assert_close(
+        torch.func.hessian(lambda d: fit(d)[0].square().sum())(decay),
+        torch.func.hessian(lambda d: exact(d).square().sum())(decay),
+        rtol=1e-6,
+        atol=1e-10,
     )
 
 

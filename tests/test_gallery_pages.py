@@ -6,10 +6,10 @@ import ast
 import json
 import re
 
-import pages
 import pytest
 from gallery import ROOT
 
+import pages
 from benchmarks.lines import PEERS, code_lines, part
 
 RESULTS = sorted(pages.RESULTS.glob("*.json"))

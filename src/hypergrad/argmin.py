@@ -13,7 +13,6 @@ from typing import Any, TypeAlias, get_args
 import optree
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad import tree as tr
 from hypergrad.checks import (
@@ -22,9 +21,9 @@ from hypergrad.checks import (
     check_number,
     check_objective,
     check_structure,
-    check_tree,
 )
 from hypergrad.conditions import Condition, Conditions, Minimum, WarmStart, Zero
+from hypergrad.fit import call_fit
 from hypergrad.implicit import OnFailure, check_solver
 from hypergrad.implicit_function import implicit_solution, needs_graph
 from hypergrad.isolation import RandomState
@@ -226,12 +225,8 @@ def _decorator(
             for leaf in optree.tree_leaves(arguments):
                 check_no_module(leaf, "hparams and args")
             tensors, rebuild = tr.split(arguments)
-            with torch.enable_grad():
-                found = fit(*_detached(arguments), **options)
-            params, aux = found if has_aux else (found, None)
-            check_tree(params, "the value of fit")
+            params, aux = call_fit(fit, arguments, options, has_aux)
             solution, space = optree.tree_flatten(params)
-            solution = [leaf.detach() for leaf in solution]
 
             # One state for all evaluations, so that dropout masks are the same in each.
             state = RandomState(solution, tensors)
@@ -245,15 +240,8 @@ def _decorator(
             if needs_graph(tensors):
                 solution = list(implicit_solution(conditions(flat), solution, tensors))
             params = optree.tree_unflatten(space, solution)
-            return (params, _detached(aux)) if has_aux else params
+            return (params, aux) if has_aux else params
 
         return differentiable
 
     return decorate
-
-
-def _detached(tree: Any) -> Any:
-    """The tensors of any tree without their graphs, and without forward-mode tangents."""
-    return optree.tree_map(
-        lambda leaf: unpack_dual(leaf).primal.detach() if isinstance(leaf, Tensor) else leaf, tree
-    )

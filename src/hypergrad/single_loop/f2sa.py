@@ -22,6 +22,9 @@ class F2SA(PenaltyMethod):
     Step sizes: the paper takes γ_k, as for plain training of the inner problem, for ω; at most that
     for this θ; and for φ a share of θ's divided by λ_k, falling as λ grows.
 
+    Let θ move as ω does, by plain gradient descent of the same ``lr``: with momentum m θ is ahead
+    of ω, and λ multiplies the lead. ``lr / (1 − m)`` for ω, where it is stable, makes up for it.
+
     Args:
         lr: step size of ω. ``None``: that of the inner optimiser, in a ``BilevelSolver``.
         penalty: λ_0 > 0.
