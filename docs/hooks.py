@@ -1,0 +1,38 @@
+"""What mkdocs does beside its own work: pictures of the examples, and formulas as MathML.
+
+Browsers draw MathML themselves: no script, and nothing is fetched from elsewhere.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+FIGURES = Path(__file__).parent.parent / "examples" / "figures"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Bring the pictures of the examples into the site."""
+    for path in sorted(FIGURES.glob("*.png")):
+        files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Point to where they are then."""
+    return re.sub(r"\]\(((?:\.\./)+)examples/figures/", lambda m: f"]({m[1][3:]}figures/", markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Write each formula as MathML."""
+
+    def formula(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[2]), "block" if found[1] == "div" else "inline")
+
+    return FORMULA.sub(formula, content)
