@@ -12,7 +12,8 @@ from hypergrad.linsolve.lanczos import Extremes, extreme_eigenvalues
 from hypergrad.linsolve.minres import MINRES
 from hypergrad.linsolve.neumann import Neumann
 from hypergrad.linsolve.normal_cg import NormalCG
-from hypergrad.linsolve.nystrom import Nystrom, NystromPreconditioner, NystromSketch
+from hypergrad.linsolve.nystrom import Nystrom, NystromSketch
+from hypergrad.linsolve.nystrom_preconditioner import NystromPreconditioner
 from hypergrad.linsolve.preconditioner import JacobiPreconditioner, Preconditioner
 from hypergrad.linsolve.sketch import Sketch
 from hypergrad.linsolve.solution import LinearSolveError, Solution, Status
