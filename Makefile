@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data examples pages test lint format types bench clean
+.PHONY: help install demo data examples pages docs test lint format types bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ install: $(STAMP) ## Create the virtual environment and install everything into 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples,optuna,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,examples,optuna,bench]'
 	touch $@
 
 demo: $(STAMP) ## Tune decays, rates and sample weights on real data: tables, and pictures in examples/figures
@@ -49,6 +49,10 @@ examples: $(MNIST) $(STAMP) ## Run every example of the gallery: tables, picture
 pages: $(STAMP) ## Write the gallery's tables and its page of results anew
 	$(BIN)/python examples/pages.py
 
+docs: $(STAMP) ## Build the documentation into site/, strictly, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/linkchecker --no-status --no-warnings site/index.html
+
 test: $(STAMP) ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto
 
@@ -69,4 +73,4 @@ bench: $(STAMP) ## Measure the cost of products, hypergradients and memory (ten 
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove the virtual environment and every cache
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

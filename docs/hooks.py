@@ -14,7 +14,12 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 FIGURES = Path(__file__).parent.parent / "examples" / "figures"
-FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL
+)
+
+
+ROLE = re.compile(r":(?:class|func|meth|mod):(?=<code>|<a |<autoref )")  # of docstrings
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -30,9 +35,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Write each formula as MathML."""
+    """Write each formula as MathML; roles of Sphinx are no words."""
 
     def formula(found: re.Match[str]) -> str:
-        return convert(html.unescape(found[2]), "block" if found[1] == "div" else "inline")
+        display = "block" if found[1] == "div" else "inline"
+        return convert(html.unescape(found[2]), display=display)
 
-    return FORMULA.sub(formula, content)
+    return FORMULA.sub(formula, ROLE.sub("", content))

@@ -23,7 +23,7 @@ def accumulate_grad(hparams: Tree, grads: Tree) -> None:
         ValueError: the trees do not match, or a tensor of ``hparams`` is no leaf or does not
             require gradients. No ``.grad`` is changed then.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> decay = torch.zeros(2, requires_grad=True)
         >>> hg.accumulate_grad(decay, torch.ones(2))

@@ -77,7 +77,7 @@ def argmin(
         LinearSolveError: in the backward pass, with ``on_failure="raise"``.
         DoubleBackwardError: in the backward pass, where an operation has no derivative.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> @hg.argmin(lambda w, c: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2)
         ... def fit(c):
@@ -126,7 +126,7 @@ def root(
     Raises:
         TypeError, ValueError, LinearSolveError, DoubleBackwardError: see :func:`argmin`.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> @hg.root(lambda x, a: x**3 - a)
         ... def cube_root(a):
@@ -176,7 +176,7 @@ def fixed_point(
     Raises:
         TypeError, ValueError, LinearSolveError, DoubleBackwardError: see :func:`argmin`.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> @hg.fixed_point(lambda x, a: 0.5 * (x + a / x))  # Heron's square root
         ... def square_root(a):

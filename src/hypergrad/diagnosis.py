@@ -70,7 +70,7 @@ def check(
     Raises:
         TypeError, ValueError, DoubleBackwardError: see :func:`hypergradient`.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> f = lambda w, c: 0.5 * ((w - 3.0) ** 2).sum() + 0.5 * (c.exp() * w**2).sum()
         >>> g = lambda w, c: 0.5 * (w**2).sum()

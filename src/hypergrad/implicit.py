@@ -158,7 +158,7 @@ def hypergradient(
         LinearSolveError: the solve failed and ``on_failure="raise"``.
         DoubleBackwardError: ``mode="reverse"`` and an operation has no second derivative.
 
-    Example:
+    Examples:
         Ridge regression on one number: θ* = 3 / (1 + φ), so dg/dφ = −θ* · 3 / (1 + φ)² = −9/8.
 
         >>> import torch, hypergrad as hg

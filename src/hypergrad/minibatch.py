@@ -40,7 +40,7 @@ class Averaged:
     Raises:
         TypeError: ``objective`` cannot be called, or ``batches`` can be iterated only once.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
         >>> f = hg.Averaged(lambda w, c, x: (w - x).square().mean(), batches, weight=len)

@@ -110,7 +110,7 @@ def unroll(
         DoubleBackwardError: ``memory="graph"``, and an operation of ``inner`` has no second
             derivative; the other modes go on with finite differences there.
 
-    Example:
+    Examples:
         One step of gradient descent on ½(w − φ)² moves w by lr · (φ − w):
 
         >>> import torch, hypergrad as hg

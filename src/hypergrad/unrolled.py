@@ -41,7 +41,7 @@ class Unrolled:
     Raises:
         TypeError: ``steps`` can be iterated only once.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> f = lambda w, c: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2
         >>> g = lambda w, c: 0.5 * w**2

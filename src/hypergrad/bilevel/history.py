@@ -85,7 +85,7 @@ class History:
 
     Numbers are kept as numbers, eight bytes each.
 
-    Example:
+    Examples:
         >>> from hypergrad.bilevel.history import History, Record
         >>> history = History()
         >>> for k in (1, 2):

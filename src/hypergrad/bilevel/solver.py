@@ -100,7 +100,7 @@ class BilevelSolver:
             message has the step and the batch.
         LoaderError: while it runs, a loader raised.
 
-    Example:
+    Examples:
         Ridge regression on one number: θ*(φ) = 3 / (1 + φ), g = ½ (θ* − 1)², so φ* = 2.
 
         >>> import torch, hypergrad as hg

@@ -55,7 +55,7 @@ class BlockCG(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         >>> hg.BlockCG().solve_block(A, torch.eye(3)).x

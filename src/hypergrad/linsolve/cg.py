@@ -44,7 +44,7 @@ class CG(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]))
         >>> solution = hg.CG().solve(A, torch.tensor([1.0, 2.0]))

@@ -43,7 +43,7 @@ class FixedPoint(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> M = torch.tensor([[0.5, 0.4], [-0.4, 0.5]])
         >>> solution = hg.FixedPoint().solve(hg.operators.Matrix(torch.eye(2) - M), torch.ones(2))

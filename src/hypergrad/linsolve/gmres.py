@@ -41,7 +41,7 @@ class GMRES(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
         >>> hg.GMRES().solve(A, torch.tensor([1.0, 1.0])).x

@@ -60,7 +60,7 @@ def extreme_eigenvalues(
     Raises:
         TypeError, ValueError: an option is out of its range, or the operator is not symmetric.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hypergrad.linsolve import extreme_eigenvalues
         >>> from hypergrad.operators import Matrix

@@ -43,7 +43,7 @@ class MINRES(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.diag(torch.tensor([2.0, -1.0])))
         >>> hg.MINRES().solve(A, torch.tensor([2.0, 3.0])).x

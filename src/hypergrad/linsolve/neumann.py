@@ -42,7 +42,7 @@ class Neumann(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.diag(torch.tensor([1.0, 2.0])))
         >>> hg.Neumann(terms=100, step=0.5).solve(A, torch.tensor([1.0, 1.0])).x

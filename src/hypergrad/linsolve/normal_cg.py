@@ -33,7 +33,7 @@ class NormalCG(LinearSolver):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.tensor([[0.0, 2.0], [-1.0, 0.0]]))
         >>> hg.NormalCG().solve(A, torch.tensor([2.0, 3.0])).x

@@ -59,7 +59,7 @@ class Nystrom(LinearSolver):
         TypeError, ValueError: an option is out of its range; in ``solve``, ``rank`` exceeds n; in
             ``sketch``, also if the operator is not symmetric.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         >>> hg.Nystrom(rank=3, rho=1e-6).solve(A, torch.ones(3)).x

@@ -43,7 +43,7 @@ class NystromPreconditioner(Preconditioner):
     Raises:
         TypeError, ValueError: an option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.diag(torch.logspace(0, 4, 50)))
         >>> b = torch.ones(50)

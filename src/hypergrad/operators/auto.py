@@ -38,7 +38,7 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
             scalar function of ``params``.
         DoubleBackwardError: ``mode="reverse"`` and an operation has no second derivative.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> H = hg.operators.hessian(lambda w, c: (c * w**3).sum(), torch.ones(2), torch.ones(2))
         >>> H.matvec(torch.tensor([1.0, 2.0]))

@@ -23,7 +23,7 @@ class Damped(WrappedOperator):
     Raises:
         TypeError, ValueError: ``damping`` is not a finite number ≥ 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hypergrad.operators import Damped, Matrix
         >>> Damped(Matrix(torch.zeros(2, 2)), 0.5).dense()

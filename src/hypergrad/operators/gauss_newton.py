@@ -40,7 +40,7 @@ class GaussNewton(SymmetricOperator):
     Raises:
         TypeError, ValueError: bad trees or values.
 
-    Example:
+    Examples:
         For a least-squares loss of a linear model, G is the Hessian:
 
         >>> import torch, hypergrad as hg
@@ -114,7 +114,7 @@ class EmpiricalFisher(SymmetricOperator):
     Raises:
         TypeError, ValueError: bad trees or values; ``losses`` returns anything but one vector.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> X = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
         >>> hg.operators.EmpiricalFisher(lambda w, c: X @ w, torch.ones(2), torch.ones(1)).dense()

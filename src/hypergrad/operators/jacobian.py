@@ -110,7 +110,7 @@ class Root(LinearOperator):
         TypeError, ValueError: bad trees, or an ``F`` whose value is not finite, not like ``params``
             or does not depend on them.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> F = lambda x, c: torch.stack([x[0] - c * x[1], 2 * x[1]])
         >>> A = hg.operators.Root(F, torch.ones(2), torch.tensor(3.0))

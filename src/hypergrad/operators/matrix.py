@@ -26,7 +26,7 @@ class Matrix(LinearOperator):
         TypeError: a leaf of ``like`` is no floating-point tensor.
         ValueError: ``matrix`` is not ``(n, n)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hypergrad.operators import Matrix
         >>> Matrix(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).matvec(torch.tensor([1.0, 0.0]))

@@ -47,7 +47,7 @@ def from_torch(
         ValueError: ``scheduler`` belongs to another optimiser. From ``init``: no leaf of ``params``
             is one of the tensors that ``optimizer`` holds.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> model = torch.nn.Linear(3, 1)
         >>> adam = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -38,7 +38,7 @@ class SGD(Uniform):
     Raises:
         TypeError, ValueError: a hyperparameter of the wrong kind or out of its range.
 
-    Example:
+    Examples:
         >>> import torch, hypergrad as hg
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> optimizer = hg.optimizers.SGD(lr=lr)
