@@ -39,8 +39,8 @@ $(MNIST): | $(STAMP)
 	mv $@.new $@
 
 # In the order of the page of results; each takes under two minutes.
-GALLERY := weight_decay decay_budget distillation hyper_cleaning long_tail few_shot learned_schedule \
-  sklearn_penalties equilibrium influence bilevel_training constrained
+GALLERY := weight_decay decay_budget distillation hyper_cleaning long_tail few_shot_sinusoid \
+  few_shot_images learned_schedule sklearn_penalties equilibrium influence bilevel_training constrained
 
 examples: $(MNIST) $(STAMP) ## Run every example of the gallery: tables, pictures, and pages of them
 	for name in $(GALLERY); do echo "--- $$name"; $(BIN)/python examples/$$name.py || exit 1; done
