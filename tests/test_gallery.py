@@ -180,3 +180,15 @@ def test_hyper_cleaning_finds_wrong_labels_and_helps_on_test_rows(
         assert learned["F1"] > 0.85
         assert learned["test accuracy, %"] > alike["test accuracy, %"] + 5.0
         assert learned["test accuracy, %"] > oracle["test accuracy, %"] - 5.0
+
+
+def test_weight_decays_apart_are_worth_more_than_one(tmp_path: Path) -> None:
+    out, tables = run(tmp_path, "weight_decay", "--repeats=1")
+    assert "What hg.check says of the problem" in out
+    methods, splits = tables.values()
+    cg = next(row for row in methods if row["method"] == "CG")
+    assert cg["status"] == "CONVERGED"
+    assert cg["relative error"] < 1e-5
+    losses = {row["decays"]: row["validation loss"] for row in splits}
+    for name in ("Dense", "CG", "Neumann, 100 terms"):
+        assert losses[name] < losses["best single decay"] < losses["before"]

@@ -1,4 +1,4 @@
-"""The demo and the benchmark run to their end, at the smallest size."""
+"""Programs of the repository that are no part of the gallery run to their end, at the smallest size."""
 
 from __future__ import annotations
 
@@ -19,18 +19,6 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def test_the_demo_prints_its_tables_and_saves_its_picture(tmp_path: Path) -> None:
-    picture = tmp_path / "deep" / "weight_decay.png"
-    out = run("examples/weight_decay.py", "--steps=3", "--repeats=1", f"--output={picture}")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    cg = re.search(r"^CG +(\S+) +\d+ +\S+  CONVERGED$", out, flags=re.MULTILINE)
-    assert cg is not None
-    assert float(cg[1]) < 1e-5
-    splits = out[out.index("before and after tuning") :].splitlines()
-    validation = {row.split()[0]: float(row.split()[3]) for row in splits if len(row.split()) == 7}
-    assert validation["CG"] < validation["before"]
-
-
 def test_the_constrained_example_matches_differences_and_lowers_the_loss() -> None:
     out = run("examples/constrained.py", "--steps=20")
     rows = [row for row in out.splitlines() if row.startswith("Σ x = 1")]
@@ -39,15 +27,6 @@ def test_the_constrained_example_matches_differences_and_lowers_the_loss() -> No
         error, *_, before, after = re.findall(r"\d\.\d+(?:e-\d+)?", row)
         assert float(error) < 1e-5
         assert float(after) < float(before)
-
-
-def test_a_learned_schedule_beats_the_best_constant_rate(tmp_path: Path) -> None:
-    picture = tmp_path / "schedule.png"
-    out = run("examples/learned_schedule.py", "--steps=25", f"--output={picture}")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    rows = {row[:22].strip(): row[22:].split() for row in out.splitlines() if row.endswith("%")}
-    learned, constant = rows["learned schedule"], rows["best constant rate"]
-    assert float(learned[0]) < 0.9 * float(constant[0])
 
 
 def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
