@@ -95,7 +95,13 @@ def title(page: str) -> str:
 
 def run(name: str) -> str:
     """The tables of a run, and where they come from."""
-    record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        full = " --full" if name.endswith("_full") else ""
+        raise SystemExit(
+            f"{path} is missing: python examples/{name.removesuffix('_full')}.py{full}"
+        )
+    record = json.loads(path.read_text(encoding="utf-8"))
     parts = [f"{heading}:\n\n{table(rows)}\n" for heading, rows in record["tables"].items()]
     versions = record["versions"]
     return "\n".join(
