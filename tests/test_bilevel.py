@@ -79,6 +79,25 @@ def test_the_loop_is_the_one_written_by_hand(name: str) -> None:
     assert solver.inner_step == 6
 
 
+def test_a_schedule_that_ends_at_zero_leaves_t1_t2_the_direct_gradient() -> None:
+    w, decay = torch.zeros(FEATURES).double(), torch.zeros(FEATURES).double()
+    sgd = torch.optim.SGD([w], lr=0.1)
+    solver = hg.BilevelSolver(
+        lambda w, decay, _: inner(w, decay, TRAIN),
+        lambda w, decay, _: outer(w, decay, VALIDATION) + decay.sum(),
+        w,
+        decay,
+        inner_optimizer=sgd,
+        inner_scheduler=torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: float(step < 2)),
+        outer_optimizer=torch.optim.SGD([decay], lr=1.0),
+        hypergradient=bl.T1T2(),
+        outer_steps=3,
+    )
+    solver.run()
+    last = solver.history[-1]
+    assert last["hypergradient_norm"] == pytest.approx(FEATURES**0.5)
+
+
 def test_amigo_starts_from_its_last_solution() -> None:
     """Two outer steps at one θ are one of twice as many steps."""
     still = {"inner_optimizer": lambda w: torch.optim.SGD([w], lr=1e-14)}

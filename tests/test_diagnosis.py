@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,41 @@ def test_nothing_of_the_callers_changes_and_bad_input_is_refused() -> None:
         hg.check(3, p.outer, p.params, p.hparams)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="outer must return a scalar"):
         hg.check(f, lambda w, h: w, torch.ones(2), torch.ones(2))
+
+
+def test_a_dense_reference_that_rounding_breaks_gives_way_to_an_iterative_one() -> None:
+    """Eigenvalues of 2e-5 and 1 to 2 in float32: the dense solve takes the smallest for zero."""
+    diagonal = torch.cat([torch.full((1,), 2e-5), torch.linspace(1.0, 2.0, 99)])
+
+    def inner(w: Tensor, c: Tensor) -> Tensor:
+        return (0.5 * diagonal * w.square() - c * w).sum()
+
+    def outer(w: Tensor, c: Tensor) -> Tensor:
+        return w.sum()
+
+    c = diagonal.clone()
+    report = hg.check(inner, outer, torch.ones(100), c)
+    assert report.reference == "CG"
+    assert report.trials["MINRES"].difference < 1e-2
+    assert report.slope == pytest.approx(report.slope_by_differences, rel=1e-2)
+
+
+def test_a_tolerance_is_recommended_that_leaves_an_error_of_one_percent() -> None:
+    diagonal = torch.cat([torch.logspace(-4, -3, 40), torch.ones(1)]).double()
+
+    def inner(w: Tensor, c: Tensor) -> Tensor:
+        return (0.5 * diagonal * w.square() - c * w).sum()
+
+    def outer(w: Tensor, c: Tensor) -> Tensor:
+        return w[-1] + 1e-4 * w[:-1].sum()  # of the residual only the last number is large
+
+    c = diagonal.clone()
+    report = hg.check(inner, outer, torch.ones_like(diagonal), c)
+    assert hg.Finding.SOLVERS_DISAGREE in report.findings
+    rtol = re.search(r"hg\.CG\(rtol=(1e-\d+)", report.recommendation)
+    assert rtol is not None
+    tight = hg.hypergradient(
+        inner, outer, torch.ones_like(diagonal), c, solver=hg.CG(rtol=float(rtol[1]))
+    ).grads
+    exact = hg.hypergradient(inner, outer, torch.ones_like(diagonal), c, solver=hg.Dense()).grads
+    assert (tight - exact).norm() < 1e-2 * exact.norm()

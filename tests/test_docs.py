@@ -14,7 +14,9 @@ import pytest
 import torch
 from gallery import ROOT
 
-BLOCK = re.compile(r"^(?:```python[^\n]*\n(.*?)^```|<!-- run:\n(.*?)^-->)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^(?:```python[^\n]*\n(.*?)^```|<!-- run:\n(.*?)^-->)", re.DOTALL | re.MULTILINE
+)
 PAGES = [
     page
     for page in sorted((ROOT / "docs").rglob("*.md"))

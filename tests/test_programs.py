@@ -1,4 +1,4 @@
-"""Programs of the repository that are no part of the gallery run to their end, at the smallest size."""
+"""Programs that are no part of the gallery run to their end, at the smallest size."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,7 +156,8 @@ class T1T2(OneStep):
 
     def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
         """By a scaled identity in place of the inverse."""
-        scale = step_size(self.lr, levels, self)
+        # Where a schedule has ended at 0 the last step did not move θ, and only ∂_φ g is left.
+        scale = step_size(self.lr, levels, self) or sys.float_info.min
         return Implicit(Identity(scale), mode=self.mode).estimate(levels, None)
 
 

@@ -1,7 +1,7 @@
 """Linear solvers for maps on trees. Nothing here knows what a loss is."""
 
 from hypergrad.linsolve.auto_damping import solve_raising_damping, sufficient_damping
-from hypergrad.linsolve.base import LinearSolver
+from hypergrad.linsolve.base import LinearSolver, Outcome
 from hypergrad.linsolve.block_cg import BlockCG, BlockSolution
 from hypergrad.linsolve.cg import CG
 from hypergrad.linsolve.dense import Dense
@@ -37,6 +37,7 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "NystromSketch",
+    "Outcome",
     "Preconditioner",
     "SGDSolve",
     "Sketch",
