@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,19 @@ def test_the_loop_is_the_one_written_by_hand(name: str) -> None:
     assert history["hypergradient_norm"] == [pytest.approx(float(expected.norm()), rel=bound)]
     assert solver.outer_step == 1
     assert solver.inner_step == 6
+
+
+def test_solves_that_fail_alike_in_a_loop_warn_once() -> None:
+    solver = ridge_solver(
+        hypergradient=hg.CG(rtol=1e-12, maxiter=1), warmup_steps=2, inner_steps=1, outer_steps=4
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        solver.run()
+    assert solver.history["status"] == ["MAX_ITERATIONS"] * 4
+    (warning,) = [entry for entry in caught if entry.category is hg.LinearSolveWarning]
+    assert "the linear solve of CG failed: MAX_ITERATIONS: the maximum" in str(warning.message)
+    assert "history['status'] has every step" in str(warning.message)
 
 
 def test_a_schedule_that_ends_at_zero_leaves_t1_t2_the_direct_gradient() -> None:

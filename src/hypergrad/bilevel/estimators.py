@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 from hypergrad import tree as tr
 from hypergrad.bilevel.levels import Levels
 from hypergrad.checks import check_choice, check_number, check_objective
+from hypergrad.errors import LinearSolveWarning
 from hypergrad.evaluation import fresh_leaves
 from hypergrad.implicit import Hypergradient, OnFailure, check_solver, hypergradient
 from hypergrad.linsolve import (
@@ -75,7 +77,8 @@ class Implicit(Estimator):
         curvature: ``curvature(params, hparams, batch)`` returns what to solve with in place of the
             Hessian, on the one batch that f is evaluated on.
         mode: how products are computed.
-        on_failure: what a failed solve does.
+        on_failure: what a failed solve does; ``"warn"`` warns once for each way to fail, and the
+            history has the status of every step.
         warm_start: start the solve from the last solution. ``None``: where the solver has a
             tolerance to reach, which it then reaches sooner.
 
@@ -112,9 +115,18 @@ class Implicit(Estimator):
             damping=self.damping,
             curvature=None if curvature is None else lambda w, h: curvature(w, h, *batches),
             mode=self.mode,
-            on_failure=self.on_failure,
+            on_failure="ignore" if self.on_failure == "warn" else self.on_failure,
             x0=x0 if warm else None,
         )
+        status = result.solve.status
+        if self.on_failure == "warn" and status.failed:
+            # The same words each time, so that Python's filter shows them once.
+            warnings.warn(
+                f"the linear solve of {type(self.solver).__name__} failed: {status.name}: "
+                f"{status.value}; history['status'] has every step",
+                LinearSolveWarning,
+                stacklevel=1,
+            )
         return _with_receipt(result)
 
 
