@@ -14,6 +14,7 @@ import torch
 from models import CASES, Case, FusedAttention, OnceDifferentiable, bilevel, convolution, reference
 from problems import relative_error
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError, gradgradcheck
 from torch.func import functional_call
 
 import hypergrad as hg
@@ -150,6 +151,31 @@ def test_a_once_differentiable_function_is_never_a_silent_zero() -> None:
     with pytest.warns(hg.DoubleBackwardWarning, match="once_differentiable"):
         H = hg.operators.hessian(inner, w, phi)
     torch.testing.assert_close(H.matvec(torch.ones(2)).double(), 6 * w + 2, rtol=1e-5, atol=0.0)
+
+
+def test_an_operation_whose_second_derivative_is_wrong_is_not_trusted() -> None:
+    """If gradgradcheck passes one day, ``_WRONG`` in kept_graph.py has an entry too many."""
+    length = torch.tensor([[1.5], [0.5]], dtype=torch.float64)
+    v = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64)
+    leaves = (v.clone().requires_grad_(), length.clone().requires_grad_())
+    with pytest.raises(GradcheckError):
+        gradgradcheck(lambda v, length: torch._weight_norm(v, length, 0), leaves)
+
+    def native(w: tuple[Tensor, Tensor], p: Tensor) -> Tensor:
+        return torch._weight_norm(w[0], w[1], 0).tanh().square().sum() * p.sum()
+
+    def written_out(w: tuple[Tensor, Tensor], p: Tensor) -> Tensor:
+        weight = w[1] * w[0] / w[0].norm(dim=1, keepdim=True)
+        return weight.tanh().square().sum() * p.sum()
+
+    params, phi = (v, length), torch.ones(1, dtype=torch.float64)
+    ones = tuple(torch.ones_like(leaf) for leaf in params)
+    expected = hg.operators.hessian(written_out, params, phi).matvec(ones)
+    with pytest.raises(hg.DoubleBackwardError, match=r"torch\._weight_norm has no correct second"):
+        hg.operators.hessian(native, params, phi, mode="reverse")
+    with pytest.warns(hg.DoubleBackwardWarning, match=r"torch\._weight_norm"):
+        found = hg.operators.hessian(native, params, phi).matvec(ones)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_checkpointed_models_recompute_without_a_trace() -> None:

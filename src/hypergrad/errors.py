@@ -32,8 +32,9 @@ class DoubleBackwardError(RuntimeError):
 
     def __init__(self, operation: str) -> None:
         super().__init__(
-            f"{operation} has no second derivative in PyTorch; use mode='finite-difference', which "
-            "needs first derivatives only, or mode='auto', which changes to it by itself"
+            f"{operation} has no correct second derivative in PyTorch; use "
+            "mode='finite-difference', which needs first derivatives only, or mode='auto', which "
+            "changes to it by itself"
         )
         self.operation = operation
 

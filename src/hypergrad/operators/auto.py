@@ -82,7 +82,7 @@ class AutoHessian(Hessian):
 
     def _fall_back(self, error: DoubleBackwardError) -> None:
         warnings.warn(
-            f"{error.operation} has no second derivative in PyTorch: going on with finite "
+            f"{error.operation} has no correct second derivative in PyTorch: going on with finite "
             "differences of first gradients (mode='finite-difference')",
             DoubleBackwardWarning,
             stacklevel=2,
