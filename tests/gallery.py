@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -66,3 +68,16 @@ def finish(process: subprocess.Popen[str], folder: Path) -> tuple[str, Tables]:
 def run(folder: Path, name: str, *arguments: str) -> tuple[str, Tables]:
     """What one example prints, and its tables."""
     return finish(start(folder, name, *arguments), folder)
+
+
+def refuses(
+    main: Callable[[Sequence[str]], None],
+    arguments: Sequence[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Assert that a program ends with an error of its command line that has these words."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())

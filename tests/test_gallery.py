@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery import ROOT, idx, run, start, write
+from gallery import ROOT, idx, refuses, run, start, write
 from matplotlib.figure import Figure
 
 import hyper_cleaning
@@ -98,10 +98,7 @@ def test_the_check_knows_the_original_files(some: Path, capsys: pytest.CaptureFi
     (some / IMAGES).write_bytes(bytes(size))
     with pytest.raises(ValueError, match=r"is damaged: its SHA-256 is not that of the original"):
         mnist.check(some)
-    with pytest.raises(SystemExit) as caught:
-        mnist.main([str(some)])
-    assert caught.value.code == 2
-    assert "is damaged" in capsys.readouterr().err
+    refuses(mnist.main, [str(some)], "is damaged", capsys)
 
 
 def test_a_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,10 +156,7 @@ def test_hyper_cleaning_refuses_what_it_cannot_do(
     words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        hyper_cleaning.main([f"--data={digits}", *arguments])
-    assert caught.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    refuses(hyper_cleaning.main, [f"--data={digits}", *arguments], words, capsys)
 
 
 def test_hyper_cleaning_finds_wrong_labels_and_helps_on_test_rows(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery import run
+from gallery import refuses, run
 
 import decay_budget
 import hypergrad as hg
@@ -56,7 +56,4 @@ def test_in_the_synthetic_problem_nystroem_is_ahead_by_the_length_of_its_gradien
 
 
 def test_a_budget_that_is_too_small_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        decay_budget.main(["--budget=150"])
-    assert caught.value.code == 2
-    assert "--budget must be at least 200, not 150" in capsys.readouterr().err
+    refuses(decay_budget.main, ["--budget=150"], "--budget must be at least 200, not 150", capsys)

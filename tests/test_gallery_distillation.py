@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gallery import run
+from gallery import refuses, run
 
 import distillation
 
@@ -23,10 +23,7 @@ import distillation
 def test_distillation_refuses_what_it_cannot_do(
     digits: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        distillation.main([f"--data={digits}", *arguments])
-    assert caught.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    refuses(distillation.main, [f"--data={digits}", *arguments], words, capsys)
 
 
 def test_distilled_images_train_better_than_real_ones_and_noise(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery import run
+from gallery import refuses, run
 
 import equilibrium as example
 import hypergrad as hg
@@ -105,7 +105,4 @@ def test_it_learns_as_well_as_the_unrolled_network_and_keeps_less(
 def test_it_refuses_what_it_cannot_do(
     digits: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        example.main([f"--data={digits}", *arguments])
-    assert caught.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    refuses(example.main, [f"--data={digits}", *arguments], words, capsys)

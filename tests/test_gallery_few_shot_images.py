@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gallery import run, write
+from gallery import refuses, run, write
 
 import few_shot_images
 import mnist
@@ -35,10 +35,7 @@ def test_maml_tells_digits_apart_by_one_image_of_each(digits: Path, tmp_path: Pa
 def test_few_shot_images_refuses_what_it_cannot_do(
     digits: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        few_shot_images.main([f"--data={digits}", *arguments])
-    assert caught.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    refuses(few_shot_images.main, [f"--data={digits}", *arguments], words, capsys)
 
 
 def test_few_shot_images_needs_two_images_of_each_digit(
@@ -50,7 +47,9 @@ def test_few_shot_images_needs_two_images_of_each_digit(
         {name: split.images[split.labels != 7] for name, split in splits.items()},
         {name: split.labels[split.labels != 7] for name, split in splits.items()},
     )
-    with pytest.raises(SystemExit) as caught:
-        few_shot_images.main([f"--data={tmp_path}"])
-    assert caught.value.code == 2
-    assert "there must be two images of each digit, not 0 of" in capsys.readouterr().err
+    refuses(
+        few_shot_images.main,
+        [f"--data={tmp_path}"],
+        "there must be two images of each digit, not 0 of",
+        capsys,
+    )

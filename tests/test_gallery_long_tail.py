@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery import run
+from gallery import refuses, run
 
 import long_tail
 import mnist
@@ -50,7 +50,4 @@ def test_the_long_tail_has_the_rows_that_the_factor_says(digits: Path) -> None:
 def test_long_tail_refuses_what_it_cannot_do(
     digits: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        long_tail.main([f"--data={digits}", *arguments])
-    assert caught.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    refuses(long_tail.main, [f"--data={digits}", *arguments], words, capsys)
