@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.tree import Tree
 
@@ -22,18 +24,39 @@ def width(block: Tree) -> int:
 
 def stack(vectors: Sequence[Tree]) -> Tree:
     """The block of the given vectors."""
-    return tr.map_leaves(lambda *rows: torch.stack(rows), *vectors)
+    return tr.map_leaves(
+        lambda *rows: pl.through(lambda *parts: torch.stack(parts), *rows, after=1), *vectors
+    )
 
 
 def unstack(block: Tree) -> list[Tree]:
     """The vectors of ``block``."""
-    return [tr.map_leaves(lambda leaf, i=i: leaf[i], block) for i in range(width(block))]
+    return [pick(block, i) for i in range(width(block))]
+
+
+def pick(block: Tree, i: int) -> Tree:
+    """Vector ``i`` of ``block``."""
+    return tr.map_leaves(lambda leaf: pl.through(lambda part: part[i], leaf, before=1), block)
+
+
+def single(vector: Tree) -> Tree:
+    """The block of one vector."""
+    return tr.map_leaves(
+        lambda leaf: pl.through(lambda part: part.unsqueeze(0), leaf, after=1), vector
+    )
+
+
+def piece(block: Tree, start: int, stop: int) -> Tree:
+    """Vectors ``start`` to ``stop`` as a block."""
+    return tr.map_leaves(
+        lambda leaf: pl.through(lambda part: part[start:stop], leaf, before=1, after=1), block
+    )
 
 
 def chunks(block: Tree, chunk_size: int) -> Iterator[Tree]:
     """``block`` in consecutive pieces of at most ``chunk_size`` vectors."""
     for start in range(0, width(block), chunk_size):
-        yield tr.map_leaves(lambda leaf, s=start: leaf[s : s + chunk_size], block)
+        yield piece(block, start, start + chunk_size)
 
 
 def assemble(parts: Iterable[Tree], total: int) -> Tree:
@@ -44,9 +67,9 @@ def assemble(parts: Iterable[Tree], total: int) -> Tree:
         if width(part) == total:
             return part
         if whole is None:
-            whole = tr.map_leaves(lambda leaf: leaf.new_empty((total, *leaf.shape[1:])), part)
-        for leaf, rows in zip(tr.leaves(whole), tr.leaves(part), strict=True):
-            leaf[start : start + len(rows)] = rows
+            whole = tr.map_leaves(partial(_empty, total), part)
+        for leaf, own in zip(tr.leaves(whole), tr.leaves(part), strict=True):
+            pl.local(leaf)[start : start + len(own)] = pl.local(own)
         start += width(part)
     return whole
 
@@ -55,9 +78,13 @@ def unit_vectors(like: Tree, indices: Tensor) -> Tree:
     """The block of unit vectors ``e_i`` for the coordinates ``indices``, shape ``(k,)``."""
     block = []
     for leaf, (where, local) in zip(tr.leaves(like), _locate(like, indices), strict=True):
-        part = leaf.new_zeros((len(indices), leaf.numel()))
-        part[where, local] = 1.0
-        block.append(part.reshape(len(indices), *leaf.shape))
+
+        def ones(own: Tensor, where: Tensor = where, local: Tensor = local) -> Tensor:
+            part = own.new_zeros((len(indices), own.numel()))
+            part[where, local] = 1.0
+            return part.reshape(len(indices), *own.shape)
+
+        block.append(pl.through(ones, leaf, after=1))
     return tr.unflatten_like(like, block)
 
 
@@ -65,60 +92,73 @@ def scatter(like: Tree, indices: Tensor, values: Tensor) -> Tree:
     """The vector with ``values``, shape ``(k,)``, at ``indices``, and zero elsewhere."""
     vector = []
     for leaf, (where, local) in zip(tr.leaves(like), _locate(like, indices), strict=True):
-        part = leaf.new_zeros(leaf.numel())
-        part[local] = values[where].to(part)
-        vector.append(part.reshape(leaf.shape))
+
+        def spread(own: Tensor, where: Tensor = where, local: Tensor = local) -> Tensor:
+            part = own.new_zeros(own.numel())
+            part[local] = values[where].to(part)
+            return part.reshape(own.shape)
+
+        vector.append(pl.through(spread, leaf))
     return tr.unflatten_like(like, vector)
 
 
 def gather(block: Tree, indices: Tensor) -> Tensor:
     """Entries of every vector at ``indices``; float64, shape ``(k, len(indices))``."""
-    like = tr.map_leaves(lambda leaf: leaf[0], block)
-    first = tr.leaves(block)[0]
-    entries = first.new_zeros((width(block), len(indices)), dtype=_wide(first))
-    for leaf, (where, local) in zip(tr.leaves(block), _locate(like, indices), strict=True):
-        entries[:, where] = _rows(leaf)[:, local].to(entries)
-    return entries
+
+    def entries(leaf: Tensor, where: Tensor, local: Tensor) -> Tensor:
+        part = _rows(leaf)
+        found = part.new_zeros((len(part), len(indices)), dtype=_wide(leaf))
+        found[:, where] = part[:, local].to(found)
+        return found
+
+    located = _locate(pick(block, 0), indices)
+    every = tr.leaves(block)
+    return _sum((entries(leaf, *own), leaf) for leaf, own in zip(every, located, strict=True))
 
 
 def dots(block: Tree, vector: Tree) -> Tensor:
     """``Vᵀx``: the inner product of each vector of ``block`` with ``vector``; shape ``(k,)``."""
-    return gram(block, tr.map_leaves(lambda leaf: leaf.unsqueeze(0), vector))[:, 0]
+    return gram(block, single(vector))[:, 0]
 
 
 def gram(left: Tree, right: Tree) -> Tensor:
     """``LᵀR`` for two blocks, accumulated in float64 where the device has it; shape ``(k, l)``."""
-    first = tr.leaves(left)[0]
-    total = first.new_zeros((width(left), width(right)), dtype=_wide(first))
-    for a, b in zip(tr.leaves(left), tr.leaves(right), strict=True):
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        total = pl.local(a).new_zeros((len(a), len(b)), dtype=_wide(a))
         for rows_a, rows_b in _slabs(_rows(a), _rows(b)):
-            total += (rows_a.to(_wide(a)) @ rows_b.to(_wide(b)).T).to(total)
-    return total
+            total += rows_a.to(_wide(a)) @ rows_b.to(_wide(b)).T
+        return total
+
+    pairs = zip(tr.leaves(left), tr.leaves(right), strict=True)
+    return _sum((product(a, b), a) for a, b in pairs)
 
 
 def norms(block: Tree) -> Tensor:
     """The norm of each vector of ``block``, float64, shape ``(k,)``."""
-    first = tr.leaves(block)[0]
-    squares = first.new_zeros(width(block), dtype=_wide(first))
-    for leaf in tr.leaves(block):
-        squares += torch.linalg.vector_norm(_rows(leaf), dim=1, dtype=_wide(leaf)).square()
-    return squares.sqrt()
+    return _sum(
+        (torch.linalg.vector_norm(_rows(leaf), dim=1, dtype=_wide(leaf)).square(), leaf)
+        for leaf in tr.leaves(block)
+    ).sqrt()
 
 
 def scale_rows(block: Tree, factors: Tensor) -> Tree:
     """The block of ``c_i V_i`` for ``factors`` of shape ``(k,)``."""
-    return tr.map_leaves(
-        lambda leaf: leaf * factors.to(leaf).reshape(-1, *[1] * (leaf.ndim - 1)), block
-    )
+
+    def scaled(part: Tensor) -> Tensor:
+        return part * factors.to(part).reshape(-1, *[1] * (part.ndim - 1))
+
+    return tr.map_leaves(lambda leaf: pl.through(scaled, leaf, before=1, after=1), block)
 
 
 def combine(block: Tree, coefficients: Tensor) -> Tree:
     """``Σ_i c_i V_i`` for ``coefficients`` of shape ``(k,)``, or a block for shape ``(m, k)``."""
 
-    def mix(leaf: Tensor) -> Tensor:
-        return torch.tensordot(coefficients.to(leaf), leaf, dims=1)
+    def mix(part: Tensor) -> Tensor:
+        return torch.tensordot(coefficients.to(part), part, dims=1)
 
-    return tr.map_leaves(mix, block)
+    after = coefficients.ndim - 1
+    return tr.map_leaves(lambda leaf: pl.through(mix, leaf, before=1, after=after), block)
 
 
 def orthonormal(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
@@ -134,20 +174,21 @@ def orthonormal(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
 
 def to_matrix(block: Tree) -> Tensor:
     """The dense ``(k, n)`` matrix of a block, in float64; for small problems."""
-    parts = [_rows(leaf) for leaf in tr.leaves(block)]
+    parts = [_rows(pl.full(leaf)) for leaf in tr.leaves(block)]
     return torch.cat([part.to(device=parts[0].device, dtype=_wide(part)) for part in parts], dim=1)
 
 
 def to_flat(vector: Tree) -> Tensor:
     """The dense ``(n,)`` vector of a tree, in float64; for small problems."""
-    return to_matrix(tr.map_leaves(lambda leaf: leaf.unsqueeze(0), vector))[0]
+    return to_matrix(single(vector))[0]
 
 
 def from_flat(flat: Tensor, like: Tree) -> Tree:
     """The inverse of :func:`to_flat`: ``flat`` in the structure, shapes and dtypes of ``like``."""
     parts = torch.split(flat, [leaf.numel() for leaf in tr.leaves(like)])
     shaped = [
-        part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, tr.leaves(like), strict=True)
+        pl.placed(part.reshape(leaf.shape).to(device=leaf.device, dtype=leaf.dtype), leaf)
+        for part, leaf in zip(parts, tr.leaves(like), strict=True)
     ]
     return tr.unflatten_like(like, shaped)
 
@@ -172,18 +213,34 @@ def _slabs(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _locate(like: Tree, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each leaf: which of ``indices`` fall into it, and their places inside it."""
+    """For each leaf: which of ``indices`` fall into what is here of it, and their places there."""
     located = []
     offset = 0
     for leaf in tr.leaves(like):
-        where = ((indices >= offset) & (indices < offset + leaf.numel())).nonzero()[:, 0]
-        located.append((where, indices[where] - offset))
+        located.append(pl.located(leaf, indices - offset))
         offset += leaf.numel()
     return located
 
 
 def _rows(leaf: Tensor) -> Tensor:
-    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))
+    """What is here of a block's leaf, a row for each vector."""
+    part = pl.local(leaf)
+    return part.reshape(len(part), math.prod(part.shape[1:]))
+
+
+def _empty(total: int, leaf: Tensor) -> Tensor:
+    def make(part: Tensor) -> Tensor:
+        return part.new_empty((total, *part.shape[1:]))
+
+    return pl.through(make, leaf, before=1, after=1)
+
+
+def _sum(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of what each leaf contributes, on the device of the first, in its wide dtype."""
+    first, *others = pl.contributions(parts)
+    for part in others:
+        first = first + part.to(first)
+    return first
 
 
 def _wide(leaf: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_tree, check_value
 from hypergrad.isolation import RandomState, isolated_buffers
@@ -48,7 +49,7 @@ def evaluate(
         TypeError, ValueError: the objective does not return a finite scalar.
     """
     with leaving_no_trace(twice=twice), random_state.replayed():
-        value = objective(params, hparams)
+        value = pl.full(objective(params, hparams))
         check_value(value, name)
         return value.reshape(())
 
@@ -140,7 +141,8 @@ def gradient(value: Tensor, inputs: Tree, *, create_graph: bool = False) -> list
     asked = [leaf for leaf in every if leaf.requires_grad]
     if not (value.requires_grad and asked):
         return [None] * len(every)
-    found = iter(torch.autograd.grad(value, asked, create_graph=create_graph, allow_unused=True))
+    grads = torch.autograd.grad(value, asked, create_graph=create_graph, allow_unused=True)
+    found = iter(pl.placed_alike(grads, asked))
     return [next(found) if leaf.requires_grad else None for leaf in every]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.errors import NonFiniteError
 from hypergrad.isolation import Buffers, RandomState, isolated_buffers
@@ -136,7 +137,7 @@ def _pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | N
     asked = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     grads = torch.autograd.grad(ends, asked, given, create_graph=twice, allow_unused=True)
     ctx.call.check_finite(given, grads)
-    found = iter(grads)
+    found = iter(pl.placed_alike(grads, asked))
     return [next(found) if need else None for need in needed]
 
 

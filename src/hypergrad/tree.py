@@ -1,20 +1,23 @@
 """Pytrees of tensors as vectors: the only vector arithmetic of the library.
 
 A *tree* is any nesting of tuples, lists, dicts and the like whose leaves are floating-point
-tensors. Every operation works leaf by leaf, never on one flat copy, so that sharded and
-mixed-device trees work unchanged. Only ``add_`` and ``scale_`` change a tensor in place, for
-vectors that a solver made itself.
+tensors. Every operation works leaf by leaf, never on one flat copy, so that mixed-device trees work
+unchanged, and on this rank's part of a sharded leaf (:mod:`hypergrad.placement`). Only ``add_`` and
+``scale_`` change a tensor in place, for vectors that a solver made itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import optree
 import torch
 from torch import Tensor
+
+from hypergrad import placement as pl
 
 Tree: TypeAlias = Any
 """A nesting of containers whose leaves are tensors; the word for θ, φ and every vector."""
@@ -91,32 +94,38 @@ def epsilon(tree: Tree) -> float:
 
 def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
     """``x + alpha y``."""
-    return unflatten_like(x, torch._foreach_add(leaves(x), leaves(y), alpha=alpha))
+    return unflatten_like(
+        x, pl.elementwise(partial(torch._foreach_add, alpha=alpha), leaves(x), leaves(y))
+    )
 
 
 def add_(x: Tree, y: Tree, alpha: float = 1.0) -> None:
     """``x ← x + alpha y``, in place."""
-    torch._foreach_add_(leaves(x), leaves(y), alpha=alpha)
+    torch._foreach_add_(_parts(x), _parts(y), alpha=alpha)
 
 
 def scale_(x: Tree, alpha: float) -> None:
     """``x ← alpha x``, in place."""
-    torch._foreach_mul_(leaves(x), alpha)
+    torch._foreach_mul_(_parts(x), alpha)
 
 
 def subtract(x: Tree, y: Tree) -> Tree:
     """``x − y``."""
-    return unflatten_like(x, torch._foreach_sub(leaves(x), leaves(y)))
+    return unflatten_like(x, pl.elementwise(torch._foreach_sub, leaves(x), leaves(y)))
 
 
 def scale(x: Tree, alpha: float) -> Tree:
     """``alpha x``."""
-    return unflatten_like(x, torch._foreach_mul(leaves(x), alpha))
+    return unflatten_like(
+        x, pl.elementwise(lambda some: torch._foreach_mul(some, alpha), leaves(x))
+    )
 
 
 def divide(x: Tree, alpha: float) -> Tree:
     """``x / alpha``; where ``1 / alpha`` overflows, this does not."""
-    return unflatten_like(x, torch._foreach_div(leaves(x), alpha))
+    return unflatten_like(
+        x, pl.elementwise(lambda some: torch._foreach_div(some, alpha), leaves(x))
+    )
 
 
 def dot(x: Tree, y: Tree) -> Tensor:
@@ -126,12 +135,12 @@ def dot(x: Tree, y: Tree) -> Tensor:
     """
     # Not torch.dot, which needs no temporary: its plain sums lose digits with n (measured in
     # float32: relative error 2e-3 at n = 1e8, against 1e-8 for the cascade of sum()).
-    return _total(
-        [
-            (a * b).sum() if torch.finfo(a.dtype).bits >= 32 else (a.float() * b.float()).sum()
-            for a, b in zip(leaves(x), leaves(y), strict=True)
-        ]
-    )
+    return _total(_products(x, y), x)
+
+
+def pairing(x: Tree, y: Tree) -> Tensor:
+    """``⟨x, y⟩`` of what is here of x and y: a scalar to pull y back through the graph of x from."""
+    return _added(_products(x, y))
 
 
 def norm(x: Tree) -> float:
@@ -146,7 +155,12 @@ def norm(x: Tree) -> float:
 
 def largest(x: Tree) -> float:
     """``max_i |x_i|``."""
-    return max((float(leaf.abs().max()) for leaf in leaves(x) if leaf.numel()), default=0.0)
+
+    def peak(leaf: Tensor) -> float:
+        part = pl.local(leaf)
+        return float(pl.greatest(part.abs().max() if part.numel() else part.new_zeros(()), leaf))
+
+    return max((peak(leaf) for leaf in leaves(x) if leaf.numel()), default=0.0)
 
 
 def to_floats(*scalars: Tensor) -> list[float]:
@@ -156,11 +170,11 @@ def to_floats(*scalars: Tensor) -> list[float]:
 
 def is_finite(tree: Tree) -> bool:
     """Whether no leaf holds an infinity or a NaN; as a rule one pass and one copy to the host."""
-    every = leaves(tree)
+    every = _parts(tree)
     # A sum is finite only if all its terms are; if it is not, it may have overflowed.
-    if math.isfinite(_total([leaf.sum() for leaf in every]).item()):
+    if math.isfinite(_total([part.sum() for part in every], tree).item()):
         return True
-    return bool(_total([(~torch.isfinite(leaf)).sum() for leaf in every]) == 0)
+    return bool(_total([(~torch.isfinite(part)).sum() for part in every], tree) == 0)
 
 
 def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
@@ -168,7 +182,7 @@ def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
 
     def draw(leaf: Tensor) -> Tensor:
         drawn = torch.randn(leaf.shape, generator=generator, device=generator.device)
-        return drawn.to(device=leaf.device, dtype=leaf.dtype)
+        return pl.placed(drawn.to(device=leaf.device, dtype=leaf.dtype), leaf)
 
     return map_leaves(draw, tree)
 
@@ -179,21 +193,41 @@ def random_signs_like(tree: Tree, generator: torch.Generator | None) -> Tree:
 
     def draw(leaf: Tensor) -> Tensor:
         bits = torch.randint(2, leaf.shape, generator=generator, device=device)
-        return (2 * bits - 1).to(device=leaf.device, dtype=leaf.dtype)
+        return pl.placed((2 * bits - 1).to(device=leaf.device, dtype=leaf.dtype), leaf)
 
     return map_leaves(draw, tree)
 
 
 def _sum_of_squares(x: Tree, unit: float) -> float:
     squares = []
-    for leaf in leaves(x):
+    for leaf in _parts(x):
         wide = torch.float32 if leaf.device.type == "mps" else torch.float64
         scaled = leaf if unit == 1.0 else leaf.to(wide) / unit
         squares.append(torch.linalg.vector_norm(scaled, dtype=wide).square())
-    return _total(squares).item()
+    return _total(squares, x).item()
 
 
-def _total(scalars: list[Tensor]) -> Tensor:
+def _products(x: Tree, y: Tree) -> list[Tensor]:
+    return [
+        (a * b).sum() if torch.finfo(a.dtype).bits >= 32 else (a.float() * b.float()).sum()
+        for a, b in zip(_parts(x), _parts(y), strict=True)
+    ]
+
+
+def _parts(tree: Tree) -> list[Tensor]:
+    """What this rank has of each leaf."""
+    return [pl.local(leaf) for leaf in leaves(tree)]
+
+
+def _total(scalars: list[Tensor], tree: Tree) -> Tensor:
+    """The sum of what this rank's part of each leaf contributes, over all ranks that share it."""
+    every = leaves(tree)
+    if pl.any_distributed(every):
+        scalars = pl.contributions(zip(scalars, every, strict=True))
+    return _added(scalars)
+
+
+def _added(scalars: list[Tensor]) -> Tensor:
     first = scalars[0]
     if len(scalars) == 1:
         return first

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_choice, check_count, check_objective, check_tree
 from hypergrad.errors import HypergradWarning
@@ -218,6 +219,10 @@ def _connected(point: Point, inputs: Sequence[Tensor]) -> Point:
     if not (moving and torch.is_grad_enabled()):
         return point
     # Sums over no element: zero whatever the values, with zero derivatives.
-    first = tr.leaves(point[0])[0]
-    zero = torch.stack([t.unsqueeze(0)[:0].sum().to(first) for t in moving]).sum()
-    return tr.map_leaves(lambda leaf: leaf + zero.to(leaf), point[0]), point[1]
+    first = pl.local(tr.leaves(point[0])[0])
+    zero = torch.stack([pl.local(t).unsqueeze(0)[:0].sum().to(first) for t in moving]).sum()
+
+    def connected(part: Tensor) -> Tensor:
+        return part + zero.to(part)
+
+    return tr.map_leaves(lambda leaf: pl.through(connected, leaf), point[0]), point[1]

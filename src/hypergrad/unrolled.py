@@ -124,6 +124,6 @@ def unrolled_hypergradient(
         value, cotangent, direct = value_and_gradients(outer, end, phi, "outer")
         # From one scalar: from many roots at once the engine holds more of the graph (measured on
         # an MLP with memory="graph": 34 MiB more, of 80).
-        through = gradient(tr.dot(theta, cotangent), phi)
+        through = gradient(tr.pairing(theta, cotangent), phi)
     grads = tr.add(direct, filled(through, phi))
     return UnrolledHypergradient(grads, *detached((theta, state)), value)

@@ -117,7 +117,7 @@ class Orthonormal(Probes):
         return bl.width(self.block)
 
     def part(self, start: int, stop: int) -> Probes:
-        return Orthonormal(tr.map_leaves(lambda leaf: leaf[start:stop], self.block))
+        return Orthonormal(bl.piece(self.block, start, stop))
 
     def blocks(self, size: int) -> Iterator[Tree]:
         return bl.chunks(self.block, size)

@@ -69,7 +69,7 @@ class ImplicitBasis(Basis):
     transform: Tensor
 
     def project(self, vector: Tree) -> Tensor:
-        product = tr.map_leaves(lambda leaf: leaf.unsqueeze(0), self.operator.matvec(vector))
+        product = bl.single(self.operator.matvec(vector))
         return self.transform.T @ self.test.dots(product)[0]
 
     def expand(self, coefficients: Tensor) -> Tree:

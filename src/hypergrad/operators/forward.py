@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.evaluation import filled, gradient, leaving_no_trace
 from hypergrad.operators.base import one_by_one
@@ -13,16 +14,22 @@ from hypergrad.tree import Tree
 
 
 class ForwardHessian(Hessian):
-    """The inner gradient is evaluated anew on dual numbers ``θ + ε v`` at each product.
+    r"""The inner gradient is evaluated anew on dual numbers ``θ + ε v`` at each product.
 
     The tangent of ``∇_θ f`` is ``H v`` and that of ``∇_φ f`` is ``(∂_φ F)ᵀ v``. Time: about 3.3
     gradients a product. Memory: that of one gradient with tangents, freed after each product.
 
     Raises:
         NotImplementedError: at a product, an operation of ``inner`` has no forward derivative.
+        ValueError: θ or φ hold ``DTensor``\ s.
     """
 
     def linearise(self) -> tuple[float, Tree]:
+        if pl.any_distributed(tr.leaves((self._params, self._hparams))):
+            raise ValueError(
+                "mode must not be 'forward' for DTensors, which have no forward derivatives; use "
+                "'reverse' or 'finite-difference'"
+            )
         value = self.inner_value(self._params, twice=True)
         with leaving_no_trace(twice=True):
             return value.item(), self.inner_gradient(value)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
 
+from hypergrad import block as bl
+from hypergrad import placement as pl
 from hypergrad.errors import DoubleBackwardError
 from hypergrad.evaluation import leaving_no_trace
 
@@ -45,7 +47,7 @@ def pull_back(
         return [None] * len(inputs)
     try:
         with leaving_no_trace(twice=True):
-            return torch.autograd.grad(
+            grads = torch.autograd.grad(
                 [output for output, _ in used],
                 inputs,
                 [part for _, part in used],
@@ -54,6 +56,7 @@ def pull_back(
                 allow_unused=True,
                 is_grads_batched=batched,
             )
+            return grads if batched else pl.placed_alike(grads, inputs)
     except RuntimeError as error:
         operation = _missing_derivative(str(error))
         if operation is None:
@@ -70,7 +73,7 @@ def pull_back_block(
         DoubleBackwardError: an operation on the way has no derivative.
     """
     width = len(cotangents[0])
-    if width > 1:
+    if width > 1 and not pl.any_distributed(inputs):
         try:
             return _stacked_zeros(
                 pull_back(outputs, inputs, cotangents, batched=True), inputs, width
@@ -80,9 +83,9 @@ def pull_back_block(
         except RuntimeError:
             # Some functions cannot be batched; if it was something else, it shows again below.
             pass
-    rows = [pull_back(outputs, inputs, [part[i] for part in cotangents]) for i in range(width)]
+    rows = [pull_back(outputs, inputs, vector) for vector in bl.unstack(list(cotangents))]
     columns = [
-        None if column[0] is None else torch.stack([grad for grad in column if grad is not None])
+        None if column[0] is None else bl.stack([grad for grad in column if grad is not None])
         for column in zip(*rows, strict=True)
     ]
     return _stacked_zeros(columns, inputs, width)
@@ -92,7 +95,7 @@ def _stacked_zeros(
     grads: Sequence[Tensor | None], inputs: Sequence[Tensor], width: int
 ) -> list[Tensor]:
     return [
-        leaf.new_zeros((width, *leaf.shape)) if grad is None else grad
+        bl.stack([torch.zeros_like(leaf)] * width) if grad is None else grad
         for grad, leaf in zip(grads, inputs, strict=True)
     ]
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hypergrad import block as bl
-from hypergrad import tree as tr
 from hypergrad.checks import check_tree
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
@@ -76,5 +75,5 @@ class Matrix(LinearOperator):
 
     def multiply_chunk(self, block: Tree) -> Tree:
         products = bl.to_matrix(block).to(self._matrix) @ self._matrix.T
-        like = tr.map_leaves(lambda leaf: leaf[0], block)
+        like = bl.pick(block, 0)
         return bl.stack([bl.from_flat(row, like) for row in products])

@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_number
 from hypergrad.tree import Tree
@@ -73,7 +74,7 @@ def leaf_value(
                 f"{name} must have one element or broadcast to each leaf of params, got shape "
                 f"{tuple(value.shape)} for a leaf of shape {tuple(shape)}"
             )
-    return value
+    return pl.beside(value, tr.leaves(params)[index]) if isinstance(value, Tensor) else value
 
 
 def present(value: float | Tensor) -> bool:

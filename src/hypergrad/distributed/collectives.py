@@ -1,0 +1,136 @@
+"""θ and φ on their way to the ranks and back, as nodes of autograd.
+
+Two linear maps, each the other's transpose, so that they can be differentiated for ever:
+
+    spread:   θ  ↦  a copy of all of θ for each rank     (nothing is sent; gathers what is sharded)
+    collect:  one vector a rank  ↦  their sum            (one all-reduce; or one reduce-scatter)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad import placement as pl
+from hypergrad.distributed.packed import Shards, summed
+from hypergrad.distributed.ranks import Ranks
+
+
+class Exchange:
+    """How the leaves of one tree are spread and collected.
+
+    Args:
+        leaves: plain tensors, the same on all ranks; or ``DTensor``\\ s.
+        ranks: all that take part.
+
+    Raises:
+        ValueError: a leaf is sharded over other ranks.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._like = [leaf.detach() for leaf in leaves]
+        self._sharded = [i for i, leaf in enumerate(leaves) if pl.is_distributed(leaf)]
+        self._plain = [i for i, leaf in enumerate(leaves) if not pl.is_distributed(leaf)]
+        self._shards = Shards([self._like[i] for i in self._sharded], ranks)
+
+    def spread(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All of each leaf."""
+        found = list(tensors)
+        gathered = self._shards.gathered([tensors[i] for i in self._sharded])
+        for i, tensor in zip(self._sharded, gathered, strict=True):
+            found[i] = tensor
+        return found
+
+    def collect(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The sums over the ranks, in the placements of the leaves; ``None`` counts as zero."""
+        given = [
+            torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if t is None else t
+            for t, leaf in zip(tensors, self._like, strict=True)
+        ]
+        sums = [*given]
+        plain = summed([given[i] for i in self._plain], self._ranks)
+        scattered = self._shards.scattered([given[i] for i in self._sharded])
+        for places, found in ((self._plain, plain), (self._sharded, scattered)):
+            for i, tensor in zip(places, found, strict=True):
+                sums[i] = tensor
+        return sums
+
+
+def spread(exchange: Exchange, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The copy of this rank."""
+    return _Spread.apply(exchange, *leaves)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(exchange: Exchange, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return _views(leaves, exchange.spread(leaves))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.exchange = inputs[0]
+        ctx.set_materialize_grads(False)
+        # The graph of a gradient must lead back here on every rank, even where a rank's objective
+        # is linear: otherwise it would leave the others waiting for its part of a product.
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        anchors = ctx.saved_tensors if torch.is_grad_enabled() else ()
+        return None, *_Collect.apply(ctx.exchange, len(cotangents), *cotangents, *anchors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        # Plain leaves alone: DTensors have no forward mode, and no transforms.
+        return _views(tangents[1:], tangents[1:])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], exchange: Exchange, *leaves: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        return _views(leaves, leaves), in_dims[1:]
+
+
+def _views(given: Sequence[Any], found: Sequence[Any]) -> tuple[Any, ...]:
+    """What was found; an input itself as a view, since a function must not return its inputs."""
+    return tuple(
+        new.view_as(new) if new is not None and new is old else new
+        for old, new in zip(given, found, strict=True)
+    )
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(exchange: Exchange, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(exchange.collect(tensors[:count]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.exchange, ctx.count, *tensors = inputs
+        ctx.anchors = len(tensors) - ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        return None, None, *_Spread.apply(ctx.exchange, *cotangents), *[None] * ctx.anchors
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(ctx.exchange.collect(tangents[2 : 2 + ctx.count]))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], exchange: Exchange, count: int, *tensors: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        dims = in_dims[2 : 2 + count]
+        given = [
+            None if t is None else t if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors[:count], dims, strict=True)
+        ]
+        found = exchange.collect(given)
+        return tuple(found), tuple(
+            None if t is None or dim is None else 0 for t, dim in zip(given, dims, strict=True)
+        )

@@ -1,0 +1,101 @@
+"""The ranks of a process group, and how they come to know that one of them failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class DistributedError(RuntimeError):
+    """A rank failed, or ranks that must agree do not; raised on all ranks, in the same words."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a group.
+
+    Attributes:
+        group: of processes.
+    """
+
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Which one this is."""
+        return dist.get_rank(self.group)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank gave; anything that can be pickled."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def raise_failure(self, own: BaseException | None) -> NoReturn:
+        """Raise what a rank reports, on all of them; to be called by all once one has failed."""
+        reports = self.gathered(None if own is None else f"{type(own).__name__}: {own}")
+        failed = [f"rank {i}: {report}" for i, report in enumerate(reports) if report is not None]
+        raise DistributedError("; ".join(failed)) from own
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """``work()``, in which ranks do not communicate; if it raises on one rank, all raise."""
+        try:
+            result, failure = [work()], None
+        except Exception as error:
+            result, failure = [], error
+        if any(self.gathered(failure is not None)):
+            self.raise_failure(failure)
+        return result[0]
+
+
+def ranks_of(group: Any, name: str = "group") -> Ranks:
+    """The ranks of a group that was given; ``None`` is the default group.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: ``torch.distributed`` is not initialised, or this process is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"{name} must be a process group, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group and start the program by torchrun"
+        )
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{name} must hold this process, got a group of others")
+    return Ranks(group)
+
+
+def fingerprint(tensors: list[Tensor]) -> int:
+    """A number below 2²⁴ that the bits of some tensors decide, in whatever order they are summed."""
+    total = 0
+    for i, tensor in enumerate(tensors):
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+        total += (i + 1) * int(bits.sum(dtype=torch.int64))
+    return total % _PRIME
+
+
+_PRIME = 2**24 - 3
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
