@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from hypergrad import bilevel, linsolve, operators, optimizers, single_loop
+from hypergrad import bilevel, distributed, linsolve, operators, optimizers, single_loop
 from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.bilevel import BilevelSolver, plot
@@ -96,6 +96,7 @@ __all__ = [
     "argmin",
     "bilevel",
     "check",
+    "distributed",
     "fixed_point",
     "hypergradient",
     "linsolve",

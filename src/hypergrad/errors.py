@@ -39,6 +39,10 @@ class DoubleBackwardError(RuntimeError):
         self.operation = operation
 
 
+class DistributedError(RuntimeError):
+    """A rank failed, or ranks that must agree do not; raised on all ranks, in the same words."""
+
+
 class LoaderError(RuntimeError):
     """A loader raised an error: the message says at which batch, the error itself is chained."""
 

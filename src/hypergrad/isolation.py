@@ -45,6 +45,11 @@ class RandomState:
         self._restore(self._after)
         self._after = self._states
 
+    def moved(self) -> bool:
+        """Whether something was drawn since."""
+        pairs = zip(self._states, self._current(), strict=True)
+        return not all(torch.equal(before, now) for before, now in pairs)
+
     def _current(self) -> list[Tensor]:
         return [_random_module(d).get_rng_state(*_index(d)) for d in self._devices]
 

@@ -1,7 +1,7 @@
 """Where the elements of a tensor are: all here, or sharded over the ranks of a device mesh.
 
-A sharded tensor is a ``DTensor``. A vector of such tensors is worked on shard by shard, each rank on
-its own and in the placement of the parameters; only sums over all elements are communicated, one
+A sharded tensor is a ``DTensor``. A vector of such tensors is worked on shard by shard, each rank
+on its own and in the placement of the parameters; only sums over all elements are communicated, one
 all-reduce for all leaves together.
 """
 
@@ -32,7 +32,7 @@ def any_distributed(values: Iterable[Any]) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of ``tensor``, which shares its memory; all of it where it is not sharded."""
+    """This rank's part of ``tensor``, in the same memory; all of it where it is not sharded."""
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
@@ -42,8 +42,8 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def elementwise(
-    function: Callable[..., list[Tensor]], leaves: Sequence[Tensor], *others: Sequence[Tensor]
-) -> list[Tensor]:
+    function: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], *others: Sequence[Tensor]
+) -> Sequence[Tensor]:
     """``function`` of lists of tensors, which works element by element, on this rank's parts."""
     if not any_distributed(leaves):
         return function(leaves, *others)
@@ -153,7 +153,7 @@ def located(leaf: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return where, position[where]
 
 
-def _wrapped(part: Tensor, leaf: DTensor, before: int, after: int) -> Tensor:  # type: ignore[valid-type]
+def _wrapped(part: Tensor, leaf: Any, before: int, after: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     shape = torch.Size((*part.shape[:after], *leaf.shape[before:]))
@@ -167,7 +167,7 @@ def _wrapped(part: Tensor, leaf: DTensor, before: int, after: int) -> Tensor:  #
     )  # fmt: skip
 
 
-def _replicas(leaf: DTensor) -> int:  # type: ignore[valid-type]
+def _replicas(leaf: Any) -> int:
     mesh = leaf.device_mesh
     return math.prod(mesh.size(i) for i, p in enumerate(leaf.placements) if p.is_replicate())
 

@@ -139,7 +139,7 @@ def dot(x: Tree, y: Tree) -> Tensor:
 
 
 def pairing(x: Tree, y: Tree) -> Tensor:
-    """``⟨x, y⟩`` of what is here of x and y: a scalar to pull y back through the graph of x from."""
+    """``⟨x, y⟩`` of what is here of both: a scalar to pull y back from through the graph of x."""
     return _added(_products(x, y))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write(state: dict[str, Any], path: Path) -> None:
         OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
         TypeError: ``state`` holds something that :func:`read` would refuse; likewise.
     """
-    _check_plain(state, "the state")
+    check_plain(state, "the state")
     path.parent.mkdir(parents=True, exist_ok=True)
     # In memory first: torch.save reports a full disk in words of its own.
     buffer = io.BytesIO()
@@ -42,7 +43,7 @@ def write(state: dict[str, Any], path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_plain(value: Any, where: str) -> None:
+def check_plain(value: Any, where: str) -> None:
     """Raise unless ``torch.load(weights_only=True)`` takes all of ``value``.
 
     Exactly these types: a NumPy float is a float, but is not saved as one.
@@ -78,10 +79,10 @@ def _check_plain(value: Any, where: str) -> None:
     kind = type(value)
     if kind in (dict, OrderedDict, Counter):
         for key, entry in value.items():
-            _check_plain(entry, f"{where}[{key!r}]")
+            check_plain(entry, f"{where}[{key!r}]")
     elif kind in (list, tuple):
         for i, entry in enumerate(value):
-            _check_plain(entry, f"{where}[{i}]")
+            check_plain(entry, f"{where}[{i}]")
     elif kind not in _PLAIN:
         raise TypeError(
             "a checkpoint can hold tensors, numbers, strings, lists and dictionaries, got "
@@ -93,13 +94,22 @@ _PLAIN = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed."""
+    """Remove what writers that were killed left half written."""
     for leftover in folder.glob("step-*.tmp"):
         with contextlib.suppress(OSError):
-            leftover.unlink()
+            remove(leftover)
 
 
-def _flush_folder(folder: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have what was renamed in it on the disk."""
     # Without this the rename itself may be lost with the power. Windows cannot open folders.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

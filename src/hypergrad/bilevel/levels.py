@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
-from hypergrad.bilevel.stream import Stream, to_device
+from hypergrad.bilevel.stream import Failed, Stream, to_device
 from hypergrad.bilevel.variables import Variables
 from hypergrad.checks import check_dependence, check_objective, check_value
+from hypergrad.distributed import DataParallel
 from hypergrad.errors import NonFiniteError
 from hypergrad.evaluation import Objective, fresh_leaves, gradient
 from hypergrad.minibatch import Averaged, Sampled, bind
@@ -30,6 +32,7 @@ class Measured:
         name: what to call it in errors.
         device: where autocast works.
         autocast: its dtype; ``None`` is none.
+        group: of processes, over which the value is averaged; ``None`` is this one alone.
 
     Attributes:
         uses: which leaves of φ the value depends on; ``None`` until it was differentiated in φ.
@@ -41,9 +44,13 @@ class Measured:
         name: str,
         device: torch.device,
         autocast: torch.dtype | None,
+        group: Any = None,
     ) -> None:
         check_objective(objective, name, "(params, hparams, batch)")
         self._objective = objective
+        self._value: LoopObjective = self._own_value
+        if group is not None:
+            self._value = DataParallel(self._own_value, group=group)
         self._name = name
         self._device = device
         self._autocast = autocast
@@ -53,6 +60,11 @@ class Measured:
 
     def __call__(self, params: Tree, hparams: Tree, batch: Any) -> Any:
         """The scalar."""
+        return self._value(params, hparams, batch)
+
+    def _own_value(self, params: Tree, hparams: Tree, batch: Any) -> Any:
+        if isinstance(batch, Failed):
+            raise batch.error
         if self._autocast is None:
             value = self._objective(params, hparams, batch)
         else:
@@ -65,9 +77,11 @@ class Measured:
             self._count += 1
         if self.uses is None:
             self._notice_hparams(value, hparams)
-        # A sum of losses in bfloat16 would lose digits; a float32 scalar costs nothing.
-        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-            return value.float()
+        if isinstance(value, Tensor):
+            value = pl.full(value)
+            # A sum of losses in bfloat16 would lose digits; a float32 scalar costs nothing.
+            if value.dtype in (torch.bfloat16, torch.float16):
+                return value.float()
         return value
 
     def _notice_hparams(self, value: Any, hparams: Tree) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.bilevel.training import (
     load_optimizer_state,
@@ -85,7 +86,7 @@ class OuterStep:
 
     def summary(self) -> dict[str, float]:
         """φ in numbers: each element if there are few, else mean and deviation of each tensor."""
-        named = [(where, leaf.detach()) for where, leaf in self._hparams.named()]
+        named = [(where, pl.full(leaf.detach())) for where, leaf in self._hparams.named()]
         if sum(leaf.numel() for _, leaf in named) > _FEW:
             return {
                 f"{where} {word}": float(value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hypergrad.bilevel import files
+from hypergrad.bilevel import files, folders
 from hypergrad.bilevel.callbacks import Callback
 from hypergrad.bilevel.callbacks.checkpoint import checkpoints
 from hypergrad.bilevel.choices import InnerOptimizer, Method, check_scheduler, procedure
@@ -24,6 +24,7 @@ from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.training import signature
 from hypergrad.bilevel.variables import Variables
 from hypergrad.checks import check_count, check_number, check_objective
+from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError, CheckpointWarning
 from hypergrad.linsolve import CG
 from hypergrad.optimizers import Optimizer
@@ -84,6 +85,11 @@ class BilevelSolver:
         autocast: ``torch.bfloat16`` or ``torch.float16``, for both objectives.
         device: where to compute; modules and tensors are moved there. ``None``: where θ is.
         seed: of PyTorch's random state, set now, and of the loaders. ``None`` draws one.
+        process_group: of ``torch.distributed``; every rank has its own loaders, such as those of a
+            ``DistributedSampler``, and both objectives are averaged over the ranks, see
+            :class:`hypergrad.distributed.DataParallel`. θ and φ are the same on all ranks, or
+            ``DTensor`` objects sharded over them. Only the first rank shows and writes; what stops
+            or fails on one stops on all. ``None``: this process alone.
         callbacks: what listens, see :class:`hypergrad.bilevel.Callback`.
 
     Attributes:
@@ -92,6 +98,7 @@ class BilevelSolver:
         stop_reason: why the loop ended early, or ``None``.
         device: where it computes.
         autocast: the dtype, or ``None``.
+        process_group: the group, or ``None``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range, or choices that do
@@ -99,6 +106,7 @@ class BilevelSolver:
         NonFiniteError: while it runs, a loss, a gradient or a parameter is infinite or NaN; the
             message has the step and the batch.
         LoaderError: while it runs, a loader raised.
+        DistributedError: while it runs, on all ranks, one of them failed, or they differ.
 
     Examples:
         Ridge regression on one number: θ*(φ) = 3 / (1 + φ), g = ½ (θ* − 1)², so φ* = 2.
@@ -147,6 +155,7 @@ class BilevelSolver:
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
+        process_group: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         counts = {
@@ -184,17 +193,22 @@ class BilevelSolver:
                 raise ValueError(f"hparams must be apart from params, got {where} in both")
         self.device = device or self._params.leaves[0].device
         self.autocast = autocast
+        self.process_group = process_group
+        self._ranks = None if process_group is None else ranks_of(process_group, "process_group")
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64).random_())
         else:
             torch.manual_seed(seed)
+        if self._ranks is not None:
+            seed = self._ranks.gathered(seed)[0]
+            torch.manual_seed(seed)
         self._levels = levels = Levels(
-            Measured(inner, "inner", self.device, autocast),
-            Measured(outer, "outer", self.device, autocast),
+            Measured(inner, "inner", self.device, autocast, process_group),
+            Measured(outer, "outer", self.device, autocast, process_group),
             self._params,
             self._hparams,
-            Stream(inner_loader, "inner_loader", seed, self.device),
-            Stream(outer_loader, "outer_loader", seed, self.device),
+            Stream(inner_loader, "inner_loader", seed, self.device, self._ranks is not None),
+            Stream(outer_loader, "outer_loader", seed, self.device, self._ranks is not None),
             inner_batches,
             outer_batches,
         )
@@ -221,7 +235,8 @@ class BilevelSolver:
             signature(outer_optimizer, outer_scheduler),
         ]
         # Those that save hear of a step when all others have.
-        self._callbacks = sorted(callbacks, key=lambda callback: callback.saves)
+        heard = [c for c in callbacks if self.is_first_rank or not c.first_rank_only]
+        self._callbacks = sorted(heard, key=lambda callback: callback.saves)
         self.history = History()
         self.outer_steps = outer_steps
         self.stop_reason: str | None = None
@@ -240,6 +255,11 @@ class BilevelSolver:
     def modules(self) -> list[nn.Module]:
         """The modules among what was given."""
         return [level.module for level in (self._params, self._hparams) if level.module is not None]
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process shows and writes for all."""
+        return self._ranks is None or self._ranks.rank == 0
 
     @property
     def outer_step(self) -> int:
@@ -268,7 +288,9 @@ class BilevelSolver:
             try:
                 for callback in self._callbacks:
                     callback.on_start(self)
-                while self._loop.warm_up(self._stopped) and self._goes_on():
+                # A rank that stops while it warms up would leave the others waiting.
+                stopped = self._stopped if self._ranks is None else lambda: False
+                while self._loop.warm_up(stopped) and self._goes_on():
                     yield self._recorded(self._loop.advance(), self._callbacks)
             except GeneratorExit:
                 raise
@@ -306,7 +328,7 @@ class BilevelSolver:
         self.stop_reason = reason
 
     def save(self, path: Path | str) -> None:
-        """Write everything to a file: whole, or not at all.
+        """Write everything to a file, or with several ranks to a folder: whole, or not at all.
 
         Both trees of parameters, buffers, optimisers and schedulers, the warm start and the sketch
         of the linear solve, what a single loop remembers, random states, counters, the positions in
@@ -324,16 +346,21 @@ class BilevelSolver:
                 (type(callback).__name__, callback.state_dict()) for callback in self._callbacks
             ],
         }
-        files.write(state, Path(path))
+        if self._ranks is None:
+            files.write(state, Path(path))
+        else:
+            folders.write(state, Path(path), self._ranks)
 
     def load(self, path: Path | str) -> None:
         """Go back to what :meth:`save` wrote, of a solver that was built alike.
+
+        The number of ranks may be another one, if the batches of all ranks together are the same.
 
         Raises:
             FileNotFoundError: there is no such file.
             CheckpointError: it is damaged, foreign, or of another problem; nothing is changed.
         """
-        self._restore(files.read(Path(path)), Path(path))
+        self._restore(self._read(Path(path)), Path(path))
 
     def resume(self, folder: Path | str) -> bool:
         """:meth:`load` the newest checkpoint of a folder that can be read; whether there was one.
@@ -345,20 +372,27 @@ class BilevelSolver:
             CheckpointError: the checkpoints are of another problem, or all of them are damaged.
         """
         damaged: list[tuple[Path, CheckpointError]] = []
-        for path in checkpoints(Path(folder)):
+        found = checkpoints(Path(folder))
+        if self._ranks is not None:
+            found = self._ranks.gathered(found)[0]
+        for path in found:
             try:
-                saved = files.read(path)
+                saved = self._read(path)
             except CheckpointError as error:
                 damaged.append((path, error))
                 continue
             self._restore(saved, path)
             for bad, why in damaged:
                 warnings.warn(f"{why}; {path} is used", CheckpointWarning, stacklevel=2)
-                bad.replace(bad.with_name(bad.name + ".damaged"))
+                if self.is_first_rank:
+                    bad.replace(bad.with_name(bad.name + ".damaged"))
             return True
         if damaged:
             raise damaged[0][1]
         return False
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        return folders.read(path, self.params, self._ranks) if path.is_dir() else files.read(path)
 
     def _stopped(self) -> bool:
         return self.stop_reason is not None
@@ -367,11 +401,16 @@ class BilevelSolver:
         return self.outer_step < self.outer_steps and not self._stopped()
 
     def _recorded(self, record: Record, callbacks: Sequence[Callback]) -> Record:
+        if self._ranks is not None:
+            record = record.with_metrics(mean_of_all(record.metrics, self._ranks))
         for callback in callbacks:
             record = record.with_metrics(callback.measure(self, record))
         self.history.append(record)
         for callback in callbacks:
             callback.on_step(self, record)
+        if self._ranks is not None:
+            reasons = self._ranks.gathered(self.stop_reason)
+            self.stop_reason = next((reason for reason in reasons if reason is not None), None)
         return record
 
     def _end(self, error: BaseException | None) -> None:

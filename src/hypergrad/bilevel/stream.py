@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.errors import CheckpointError, LoaderError
 from hypergrad.minibatch import check_batches
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In the place of a batch: why there is none."""
+
+    error: Exception
 
 
 class Stream:
@@ -31,10 +39,17 @@ class Stream:
         name: what to call it in errors.
         seed: of all passes.
         device: where to move the tensors of a batch.
+        postpones: whether a batch that cannot be drawn comes as a :class:`Failed` one: other ranks
+            are waiting in the objective, and must hear of it there.
     """
 
     def __init__(
-        self, loader: Iterable[Any] | None, name: str, seed: int, device: torch.device
+        self,
+        loader: Iterable[Any] | None,
+        name: str,
+        seed: int,
+        device: torch.device,
+        postpones: bool = False,
     ) -> None:
         self.loader: Iterable[Any] = [None] if loader is None else loader
         check_batches(self.loader, name)
@@ -43,6 +58,7 @@ class Stream:
         self.position = 0
         self._seed = seed
         self.device = device
+        self._postpones = postpones
         self._iterator: Iterator[Any] | None = None
         self._random = torch.get_rng_state()
         # The first pass of persistent workers draws a seed for them, later ones do not.
@@ -59,7 +75,12 @@ class Stream:
             ValueError: a whole pass holds no batch.
             LoaderError: the loader raised.
         """
-        return to_device(self._draw(), self.device)
+        try:
+            return to_device(self._draw(), self.device)
+        except Exception as error:
+            if self._postpones:
+                return Failed(error)
+            raise
 
     def __str__(self) -> str:
         return f"{self.name}, pass {self.epoch}, batch {self.position - 1}"

@@ -23,7 +23,7 @@ class Exchange:
     """How the leaves of one tree are spread and collected.
 
     Args:
-        leaves: plain tensors, the same on all ranks; or ``DTensor``\\ s.
+        leaves: plain tensors, the same on all ranks; or ``DTensor`` objects.
         ranks: all that take part.
 
     Raises:

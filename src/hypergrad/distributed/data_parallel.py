@@ -10,7 +10,8 @@ rank, and each product is communicated once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,22 +21,24 @@ from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_number, check_objective
 from hypergrad.distributed.collectives import Exchange, spread
-from hypergrad.distributed.ranks import DistributedError, Ranks, fingerprint, ranks_of
+from hypergrad.distributed.ranks import Ranks, fingerprint, ranks_of
+from hypergrad.errors import DistributedError
 from hypergrad.isolation import RandomState
 from hypergrad.partial import inside_a_transform
 from hypergrad.tree import Tree
 
 
 class DataParallel:
-    """``f̄ = Σ_r w_r f_r / Σ_r w_r`` over the ranks of a process group; an objective like any other.
+    """``f̄ = Σ_r w_r f_r / Σ_r w_r`` over the ranks of a group; an objective like any other.
 
     Each rank gives the objective on its own batches, and all ranks make the same calls of this
     library. Values, gradients and products are those of the mean, the same on all ranks: any number
     of ranks gives the answer of one process that has all their batches. θ and φ may be
 
     - plain tensors, the same on all ranks: a product costs one all-reduce of their size;
-    - ``DTensor``\\ s, sharded over the ranks: f sees them whole, as plain tensors. A product costs one
-      all-gather and one reduce-scatter, and the vectors of solvers and optimisers stay sharded.
+    - ``DTensor`` objects, sharded over the ranks: f sees them whole, as plain tensors. A product
+      costs one all-gather and one reduce-scatter, and the vectors of solvers and optimisers stay
+      sharded.
 
     Ranks must draw the same random numbers outside f (seed them alike); inside, each rank draws its
     own. Each evaluation compares θ, φ and the random states of the ranks by checksums, and carries
@@ -76,31 +79,23 @@ class DataParallel:
     def __call__(self, params: Tree, hparams: Tree, *arguments: Any) -> Tensor:
         """The mean; its graph leads to this rank's ``params`` and ``hparams``."""
         theta, phi = self._copies(params), self._copies(hparams)
-        draw = _shared_draw()
-        failure: Exception | None = None
-        value, weight = torch.zeros(()), 1.0
+        call = _Call(self.ranks, params, hparams)
+        value = torch.zeros(())
         try:
-            value, weight = self._own(theta, phi, draw, arguments)
+            if callable(self._weight):
+                call.weight = self._weight(*arguments)
+                check_number(call.weight, "weight", above=0.0)
+            else:
+                call.weight = self._weight
+            with call.own_random_numbers(theta, phi):
+                value = self._objective(theta, phi, *arguments)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise TypeError(f"objective must return a scalar tensor, got {_words(value)}")
         except Exception as error:
-            failure = error
-        report = _Report(self.ranks, params, hparams, draw, weight, failure)
+            call.failure = error
+            value = torch.zeros(())
         copies = [*tr.leaves(theta), *tr.leaves(phi)]
-        return _Mean.apply(report, value.to(copies[0].device), *copies)
-
-    def _own(
-        self, theta: Tree, phi: Tree, draw: int, arguments: tuple[Any, ...]
-    ) -> tuple[Tensor, float]:
-        weight = self._weight(*arguments) if callable(self._weight) else self._weight
-        check_number(weight, "weight", above=0.0)
-        if inside_a_transform():
-            return self._objective(theta, phi, *arguments).reshape(()), weight
-        with RandomState(theta, phi).replayed():
-            torch.manual_seed((draw + self.ranks.rank) % 2**63)
-            value = self._objective(theta, phi, *arguments)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            given = type(value).__name__ if not isinstance(value, Tensor) else tuple(value.shape)
-            raise TypeError(f"objective must return a scalar tensor, got {given}")
-        return value.reshape(()), weight
+        return _Mean.apply(call, value.reshape(()).to(copies[0].device), *copies)
 
     def _copies(self, tree: Tree) -> Tree:
         leaves = tr.leaves(tree)
@@ -115,39 +110,44 @@ def _layout(leaf: Tensor) -> Any:
     return leaf.shape, leaf.dtype, where
 
 
-def _shared_draw() -> int:
-    """A number from the random state that all ranks share, which moves on alike on all of them."""
-    if inside_a_transform():
-        return 0
-    return int(torch.randint(2**62, ()))
+def _words(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-class _Report:
-    """What the ranks tell each other at each evaluation, beside the value.
+class _Call:
+    """One evaluation: its random numbers, and what the ranks tell each other beside the value.
 
     Attributes:
+        weight: of this rank.
+        failure: why this rank has no value.
         share: this rank's part of all weights; known after :meth:`mean`.
     """
 
-    share: float
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        params: Tree,
-        hparams: Tree,
-        draw: int,
-        weight: float,
-        failure: Exception | None,
-    ) -> None:
+    def __init__(self, ranks: Ranks, params: Tree, hparams: Tree) -> None:
         self._ranks = ranks
-        self._weight = weight
-        self._failure = failure
-        self._prints = {"their random states": draw}
+        self._drew = False
+        self.weight = 1.0
+        self.share = 1.0
+        self.failure: Exception | None = None
+        self._prints: dict[str, int] = {}
         if not inside_a_transform():
+            self._seed = _peek()
+            self._prints["their random states"] = self._seed
             for name, tree in (("params", params), ("hparams", hparams)):
                 plain = [leaf for leaf in tr.leaves(tree) if not pl.is_distributed(leaf)]
                 self._prints[name] = fingerprint(plain)
+
+    @contextmanager
+    def own_random_numbers(self, *trees: Tree) -> Iterator[None]:
+        """Seed this rank by the state that all share, and its number; put the state back after."""
+        if inside_a_transform():
+            yield
+            return
+        with RandomState(*trees).replayed():
+            torch.manual_seed((self._seed + self._ranks.rank) % 2**63)
+            seeded = RandomState(*trees)
+            yield
+            self._drew = seeded.moved()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks, element by element.
@@ -157,17 +157,19 @@ class _Report:
         """
         numbers = [digits for number in self._prints.values() for digits in _digits(number)]
         header = [
-            self._weight, float(self._failure is not None),
+            self.weight, float(self.failure is not None), float(self._drew),
             *map(float, numbers), *(float(number**2) for number in numbers),
         ]  # fmt: skip
-        wide = value.detach().reshape(-1).double() * self._weight
+        wide = value.detach().reshape(-1).double() * self.weight
         message = torch.cat([wide, wide.new_tensor(header)])
         sums = self._ranks.summed(message)
-        weights, failures, *prints = sums[wide.numel() :].tolist()
+        weights, failures, drew, *prints = sums[wide.numel() :].tolist()
         if failures:
-            self._ranks.raise_failure(self._failure)
+            self._ranks.raise_failure(self.failure)
         self._check_alike(prints[: len(numbers)], prints[len(numbers) :])
-        self.share = self._weight / weights
+        if drew:
+            torch.randint(2**62, ())  # so that the next evaluation has other numbers, on all ranks
+        self.share = self.weight / weights
         return (sums[: wide.numel()] / weights).reshape(value.shape).to(value.dtype)
 
     def _check_alike(self, sums: list[float], squares: list[float]) -> None:
@@ -180,6 +182,13 @@ class _Report:
                 f"the {size} ranks must agree in {' and '.join(unlike)}, but they differ: seed all "
                 "ranks alike, start them from the same parameters, and let none step on its own"
             )
+
+
+def _peek() -> int:
+    """A number that the random state of the CPU decides, which stays as it is."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def _digits(number: int) -> tuple[int, int]:
@@ -195,13 +204,13 @@ class _Mean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(report: _Report, value: Tensor, *copies: Tensor) -> Tensor:
-        return report.mean(value)
+    def forward(call: _Call, value: Tensor, *copies: Tensor) -> Tensor:
+        return call.mean(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.share, ctx.count = inputs[0].share, len(inputs) - 2
-        ctx.report = inputs[0]
+        ctx.call = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
@@ -210,12 +219,12 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         tangent = tangents[1]
-        return ctx.report.mean(tangent)
+        return ctx.call.mean(tangent)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], report: _Report, value: Tensor, *copies: Tensor
+        info: Any, in_dims: tuple[Any, ...], call: _Call, value: Tensor, *copies: Tensor
     ) -> tuple[Tensor, int | None]:
         dim = in_dims[1]
         whole = value if dim is None else value.movedim(dim, 0)
-        return _Mean.apply(report, whole, *copies), None if dim is None else 0
+        return _Mean.apply(call, whole, *copies), None if dim is None else 0

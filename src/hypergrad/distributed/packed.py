@@ -30,7 +30,7 @@ class Shards:
     """How sharded leaves are gathered, and sums of whole ones scattered: one message for all.
 
     Args:
-        leaves: ``DTensor``\\ s.
+        leaves: ``DTensor`` objects.
         ranks: all that take part.
 
     Raises:

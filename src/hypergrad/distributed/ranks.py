@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -10,11 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hypergrad.errors import DistributedError
+
 Result = TypeVar("Result")
-
-
-class DistributedError(RuntimeError):
-    """A rank failed, or ranks that must agree do not; raised on all ranks, in the same words."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,10 @@ class Ranks:
             self.raise_failure(failure)
         return result[0]
 
+    def first(self, work: Callable[[], object]) -> None:
+        """``work()`` on rank 0, which the others wait for; if it raises, all raise."""
+        self.together(lambda: work() if self.rank == 0 else None)
+
 
 def ranks_of(group: Any, name: str = "group") -> Ranks:
     """The ranks of a group that was given; ``None`` is the default group.
@@ -89,7 +92,7 @@ def ranks_of(group: Any, name: str = "group") -> Ranks:
 
 
 def fingerprint(tensors: list[Tensor]) -> int:
-    """A number below 2²⁴ that the bits of some tensors decide, in whatever order they are summed."""
+    """A number below 2²⁴ that the bits of some tensors decide, summed in whatever order."""
     total = 0
     for i, tensor in enumerate(tensors):
         bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
@@ -99,3 +102,10 @@ def fingerprint(tensors: list[Tensor]) -> int:
 
 _PRIME = 2**24 - 3
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def mean_of_all(numbers: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+    """The mean of each over the ranks that have it."""
+    every = ranks.gathered(dict(numbers))
+    names = dict.fromkeys(name for part in every for name in part)
+    return {name: statistics.fmean(p[name] for p in every if name in p) for name in names}

@@ -1,4 +1,4 @@
-"""A module that only runs with parameters of its own, as an objective: models of ``fully_shard``."""
+"""An objective of a module that only runs with its own parameters: models of ``fully_shard``."""
 
 from __future__ import annotations
 

@@ -20,9 +20,12 @@ class Callback:
 
     Attributes:
         saves: whether :meth:`on_step` saves the solver's state, that of other callbacks included.
+        first_rank_only: whether it only shows or writes something, which the first of several ranks
+            does for all; it must not communicate then.
     """
 
     saves: ClassVar[bool] = False
+    first_rank_only: ClassVar[bool] = False
 
     def on_start(self, solver: BilevelSolver) -> None:
         """The loop begins, perhaps not at its first step."""

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Checkpoint(Callback):
     """Save the solver's whole state every so many outer steps, and when the loop ends.
 
-    A file appears whole or not at all. Where it cannot be written (a full disk), a
-    :class:`CheckpointWarning` says why, the earlier ones stay, and the loop goes on. A loop that
-    ends with an error saves nothing: the last good state is the one to go back to. To go on from
-    the newest good file: ``solver.resume(folder)``.
+    A file, or with several ranks a folder (``step-00000012.dcp``), appears whole or not at all.
+    Where it cannot be written (a full disk), a :class:`CheckpointWarning` says why, the earlier
+    ones stay, and the loop goes on. A loop that ends with an error saves nothing: the last good
+    state is the one to go back to. To go on from the newest good one: ``solver.resume(folder)``.
 
     Args:
         folder: where the files go, ``step-00000012.pt`` and so on; made if need be.
@@ -55,12 +55,12 @@ class Checkpoint(Callback):
             ValueError: the folder holds later steps than the solver's, of another run or of one
                 that was not resumed: the next resumption would take them for this one's.
         """
-        files.remove_leftovers(self._folder)
+        if solver.is_first_rank:
+            files.remove_leftovers(self._folder)
         self._saved = solver.outer_step, solver.inner_step
         later = [path for path in checkpoints(self._folder) if step_of(path) > solver.outer_step]
         if self._overwrite:
-            for path in later:
-                path.unlink()
+            self._remove(solver, later)
         elif later:
             raise ValueError(
                 f"folder must hold no later steps than that of the solver, {solver.outer_step}, "
@@ -79,7 +79,8 @@ class Checkpoint(Callback):
             self._save(solver)
 
     def _save(self, solver: BilevelSolver) -> None:
-        path = self._folder / f"step-{solver.outer_step:08d}.pt"
+        suffix = "pt" if solver.process_group is None else "dcp"
+        path = self._folder / f"step-{solver.outer_step:08d}.{suffix}"
         try:
             solver.save(path)
         except OSError as error:
@@ -90,13 +91,18 @@ class Checkpoint(Callback):
             )
             return
         self._saved = solver.outer_step, solver.inner_step
-        for old in checkpoints(self._folder)[self._keep :]:
-            old.unlink(missing_ok=True)
+        self._remove(solver, checkpoints(self._folder)[self._keep :])
+
+    def _remove(self, solver: BilevelSolver, paths: list[Path]) -> None:
+        if solver.is_first_rank:
+            for path in paths:
+                files.remove(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files in a folder, newest first."""
-    found = [path for path in folder.glob("step-*.pt") if path.stem[len("step-") :].isdecimal()]
+    """The checkpoints in a folder, newest first."""
+    every = [*folder.glob("step-*.pt"), *folder.glob("step-*.dcp")]
+    found = [path for path in every if path.stem[len("step-") :].isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 

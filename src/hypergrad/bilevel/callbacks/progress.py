@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
@@ -21,6 +21,8 @@ class ProgressBar(Callback):
     Raises:
         ImportError: tqdm is not installed.
     """
+
+    first_rank_only: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:
         from tqdm.auto import tqdm

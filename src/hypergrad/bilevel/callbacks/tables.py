@@ -7,7 +7,7 @@ import io
 import json
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record, Value
@@ -27,6 +27,8 @@ class TableFile(Callback):
     Args:
         path: the file; its folder is made if need be.
     """
+
+    first_rank_only: ClassVar[bool] = True
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

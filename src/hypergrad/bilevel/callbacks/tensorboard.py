@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
@@ -22,6 +22,8 @@ class TensorBoard(Callback):
     Raises:
         ImportError: tensorboard is not installed.
     """
+
+    first_rank_only: ClassVar[bool] = True
 
     def __init__(self, folder: Path | str, **options: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
