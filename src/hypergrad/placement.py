@@ -48,7 +48,10 @@ def elementwise(
     if not any_distributed(leaves):
         return function(leaves, *others)
     found = function([local(t) for t in leaves], *([local(t) for t in rest] for rest in others))
-    return [_wrapped(t, leaf, 0, 0) for t, leaf in zip(found, leaves, strict=True)]
+    return [
+        _wrapped(part, leaf, 0, 0) if is_distributed(leaf) else part
+        for part, leaf in zip(found, leaves, strict=True)
+    ]
 
 
 def through(

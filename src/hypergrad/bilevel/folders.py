@@ -68,6 +68,7 @@ def read(path: Path, params: Tree, ranks: Ranks | None) -> dict[str, Any]:
         FileNotFoundError: there is none.
         CheckpointError: it is damaged, foreign, or of a later version.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     rest = files.read(path / REST)
@@ -77,7 +78,7 @@ def read(path: Path, params: Tree, ranks: Ranks | None) -> dict[str, Any]:
     try:
         group = None if ranks is None else ranks.group
         load(tensors, checkpoint_id=path, process_group=group, no_dist=ranks is None)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return build()
 

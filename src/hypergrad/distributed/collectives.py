@@ -74,14 +74,10 @@ class _Spread(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.exchange = inputs[0]
         ctx.set_materialize_grads(False)
-        # The graph of a gradient must lead back here on every rank, even where a rank's objective
-        # is linear: otherwise it would leave the others waiting for its part of a product.
-        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        anchors = ctx.saved_tensors if torch.is_grad_enabled() else ()
-        return None, *_Collect.apply(ctx.exchange, len(cotangents), *cotangents, *anchors)
+        return None, *_Collect.apply(ctx.exchange, *cotangents)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -105,30 +101,32 @@ def _views(given: Sequence[Any], found: Sequence[Any]) -> tuple[Any, ...]:
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(exchange: Exchange, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(exchange.collect(tensors[:count]))
+    def forward(exchange: Exchange, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(exchange.collect(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.exchange, ctx.count, *tensors = inputs
-        ctx.anchors = len(tensors) - ctx.count
+        ctx.exchange, *tensors = inputs
+        ctx.given = [tensor is not None for tensor in tensors]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        return None, None, *_Spread.apply(ctx.exchange, *cotangents), *[None] * ctx.anchors
+        copies = _Spread.apply(ctx.exchange, *cotangents)
+        grads = [copy if here else None for copy, here in zip(copies, ctx.given, strict=True)]
+        return None, *grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(ctx.exchange.collect(tangents[2 : 2 + ctx.count]))
+        return tuple(ctx.exchange.collect(tangents[1:]))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], exchange: Exchange, count: int, *tensors: Tensor | None
+        info: Any, in_dims: tuple[Any, ...], exchange: Exchange, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        dims = in_dims[2 : 2 + count]
+        dims = in_dims[1:]
         given = [
             None if t is None else t if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(tensors[:count], dims, strict=True)
+            for t, dim in zip(tensors, dims, strict=True)
         ]
         found = exchange.collect(given)
         return tuple(found), tuple(

@@ -94,8 +94,8 @@ class DataParallel:
         except Exception as error:
             call.failure = error
             value = torch.zeros(())
-        copies = [*tr.leaves(theta), *tr.leaves(phi)]
-        return _Mean.apply(call, value.reshape(()).to(copies[0].device), *copies)
+        tie = _tie(theta, phi)
+        return _Mean.apply(call, value.reshape(()).to(tie.device) + tie.to(value.dtype))
 
     def _copies(self, tree: Tree) -> Tree:
         leaves = tr.leaves(tree)
@@ -108,6 +108,17 @@ class DataParallel:
 def _layout(leaf: Tensor) -> Any:
     where = (leaf.device_mesh, leaf.placements) if pl.is_distributed(leaf) else leaf.device
     return leaf.shape, leaf.dtype, where
+
+
+def _tie(*trees: Tree) -> Tensor:
+    """Zero, with zero derivatives, but a function of all trees to any order.
+
+    So the graph of every rank leads to θ and φ, and so do those of its derivatives, even where its
+    own objective does not: it would leave the others waiting for its part of a product.
+    """
+    firsts = [next(leaf for leaf in tr.leaves(tree) if leaf.numel()) for tree in trees]
+    where = firsts[0]
+    return 0.0 * torch.cos(torch.stack([leaf.reshape(-1)[0].to(where) for leaf in firsts]).sum())
 
 
 def _words(value: Any) -> str:
@@ -197,24 +208,19 @@ def _digits(number: int) -> tuple[int, int]:
 
 
 class _Mean(torch.autograd.Function):
-    """``Σ_r w_r f_r / Σ_r w_r``.
-
-    The copies of θ and φ are inputs, so that the graph of every rank leads to them, even where its
-    own objective does not.
-    """
+    """``Σ_r w_r f_r / Σ_r w_r``."""
 
     @staticmethod
-    def forward(call: _Call, value: Tensor, *copies: Tensor) -> Tensor:
+    def forward(call: _Call, value: Tensor) -> Tensor:
         return call.mean(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.share, ctx.count = inputs[0].share, len(inputs) - 2
         ctx.call = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return None, cotangent * ctx.share, *[None] * ctx.count
+        return None, cotangent * ctx.call.share
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -223,8 +229,8 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], call: _Call, value: Tensor, *copies: Tensor
+        info: Any, in_dims: tuple[Any, ...], call: _Call, value: Tensor
     ) -> tuple[Tensor, int | None]:
         dim = in_dims[1]
         whole = value if dim is None else value.movedim(dim, 0)
-        return _Mean.apply(call, whole, *copies), None if dim is None else 0
+        return _Mean.apply(call, whole), None if dim is None else 0

@@ -19,7 +19,7 @@ def summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     """The sum of each tensor over the ranks: one all-reduce."""
     found = list(tensors)
     for places in _by_dtype(tensors):
-        flat = torch.cat([found[i].detach().reshape(-1) for i in places])
+        flat = torch.cat([found[i].reshape(-1) for i in places])
         flat = _on_the_whole_batch(flat, lambda whole: dist.all_reduce(whole, group=ranks.group))
         for i, part in zip(places, flat.split([found[i].numel() for i in places]), strict=True):
             found[i] = part.reshape(found[i].shape)

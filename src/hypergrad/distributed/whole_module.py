@@ -74,7 +74,7 @@ class WholeModule:
                     p.grad = None
                 value = self._loss(self._module, phi, *arguments)
                 value.backward()
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own.values()]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in tr.leaves(own)]
         finally:
             self._write({key: value for key, (value, _) in before.items()})
             for key, p in own.items():
