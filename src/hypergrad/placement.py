@@ -36,18 +36,23 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
+def parts(leaves: list[Tensor]) -> list[Tensor]:
+    """:func:`local` of each."""
+    return [local(leaf) for leaf in leaves] if any_distributed(leaves) else leaves
+
+
 def full(tensor: Tensor) -> Tensor:
     """All of ``tensor``, gathered where it is sharded; differentiable."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
 def elementwise(
-    function: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], *others: Sequence[Tensor]
+    function: Callable[..., Sequence[Tensor]], leaves: list[Tensor], *others: list[Tensor]
 ) -> Sequence[Tensor]:
     """``function`` of lists of tensors, which works element by element, on this rank's parts."""
     if not any_distributed(leaves):
         return function(leaves, *others)
-    found = function([local(t) for t in leaves], *([local(t) for t in rest] for rest in others))
+    found = function(parts(leaves), *map(parts, others))
     return [
         _wrapped(part, leaf, 0, 0) if is_distributed(leaf) else part
         for part, leaf in zip(found, leaves, strict=True)

@@ -40,24 +40,23 @@ class Exchange:
     def spread(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All of each leaf."""
         found = list(tensors)
-        gathered = self._shards.gathered([tensors[i] for i in self._sharded])
-        for i, tensor in zip(self._sharded, gathered, strict=True):
-            found[i] = tensor
+        _put(found, self._sharded, self._shards.gathered([found[i] for i in self._sharded]))
         return found
 
     def collect(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The sums over the ranks, in the placements of the leaves; ``None`` counts as zero."""
-        given = [
+        found = [
             torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if t is None else t
             for t, leaf in zip(tensors, self._like, strict=True)
         ]
-        sums = [*given]
-        plain = summed([given[i] for i in self._plain], self._ranks)
-        scattered = self._shards.scattered([given[i] for i in self._sharded])
-        for places, found in ((self._plain, plain), (self._sharded, scattered)):
-            for i, tensor in zip(places, found, strict=True):
-                sums[i] = tensor
-        return sums
+        _put(found, self._plain, summed([found[i] for i in self._plain], self._ranks))
+        _put(found, self._sharded, self._shards.scattered([found[i] for i in self._sharded]))
+        return found
+
+
+def _put(tensors: list[Tensor], places: Sequence[int], values: Sequence[Tensor]) -> None:
+    for i, value in zip(places, values, strict=True):
+        tensors[i] = value
 
 
 def spread(exchange: Exchange, leaves: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -74,19 +74,14 @@ class DataParallel:
         self.ranks = ranks_of(group)
         self._objective = objective
         self._weight = weight
-        self._exchanges: dict[Any, Exchange] = {}
 
     def __call__(self, params: Tree, hparams: Tree, *arguments: Any) -> Tensor:
         """The mean; its graph leads to this rank's ``params`` and ``hparams``."""
         theta, phi = self._copies(params), self._copies(hparams)
         call = _Call(self.ranks, params, hparams)
-        value = torch.zeros(())
         try:
-            if callable(self._weight):
-                call.weight = self._weight(*arguments)
-                check_number(call.weight, "weight", above=0.0)
-            else:
-                call.weight = self._weight
+            call.weight = self._weight(*arguments) if callable(self._weight) else self._weight
+            check_number(call.weight, "weight", above=0.0)
             with call.own_random_numbers(theta, phi):
                 value = self._objective(theta, phi, *arguments)
             if not isinstance(value, Tensor) or value.numel() != 1:
@@ -99,15 +94,7 @@ class DataParallel:
 
     def _copies(self, tree: Tree) -> Tree:
         leaves = tr.leaves(tree)
-        key = tuple(_layout(leaf) for leaf in leaves)
-        if key not in self._exchanges:
-            self._exchanges[key] = Exchange(leaves, self.ranks)
-        return tr.unflatten_like(tree, spread(self._exchanges[key], leaves))
-
-
-def _layout(leaf: Tensor) -> Any:
-    where = (leaf.device_mesh, leaf.placements) if pl.is_distributed(leaf) else leaf.device
-    return leaf.shape, leaf.dtype, where
+        return tr.unflatten_like(tree, spread(Exchange(leaves, self.ranks), leaves))
 
 
 def _tie(*trees: Tree) -> Tensor:
@@ -134,11 +121,12 @@ class _Call:
         share: this rank's part of all weights; known after :meth:`mean`.
     """
 
+    share: float
+
     def __init__(self, ranks: Ranks, params: Tree, hparams: Tree) -> None:
         self._ranks = ranks
         self._drew = False
         self.weight = 1.0
-        self.share = 1.0
         self.failure: Exception | None = None
         self._prints: dict[str, int] = {}
         if not inside_a_transform():

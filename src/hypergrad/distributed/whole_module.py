@@ -26,6 +26,11 @@ class WholeModule:
     derivatives only. Hessian products come by finite differences of them, ``mode="auto"`` (with a
     warning) and ``mode="finite-difference"`` alike; ``mode="reverse"`` raises.
 
+    Do not call ``functional_call`` on such a module: its hooks put its own parameters in the place
+    of those that are passed, and the gradient of what it computes is lost. An objective of nothing
+    else raises; one that also has a penalty on ``params`` gets the gradient of the penalty alone,
+    in silence.
+
     Args:
         module: its parameters that require gradients are θ, by their names:
             ``{name: p for name, p in module.named_parameters() if p.requires_grad}``.
