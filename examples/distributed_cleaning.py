@@ -9,12 +9,12 @@ that one process makes on the whole batch: the tables of any number of processes
 
     python examples/distributed_cleaning.py
     torchrun --standalone --nproc-per-node 2 examples/distributed_cleaning.py
-    torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/distributed_cleaning.py \
+    torchrun --standalone --nproc-per-node 2 examples/distributed_cleaning.py \
         --sharded --checkpoints runs/cleaning
 
 With `--sharded` each process holds its part of θ and of the optimiser's state alone. With
-`--checkpoints` a run that was cut off, or one of whose processes died, goes on where it was, also
-with another number of processes.
+`--checkpoints` a run that was cut off goes on where it was when it is started again, also with
+another number of processes.
 """
 
 from __future__ import annotations
