@@ -84,12 +84,15 @@ def check_structure(
     tree: Tree, reference: Tree, name: str, reference_name: str, *, leading: int = 0
 ) -> None:
     """Raise ``ValueError`` unless structure and shapes match, after ``leading`` dimensions."""
-    given, expected = optree.tree_structure(tree), optree.tree_structure(reference)
+    leaves, given = optree.tree_flatten(tree)
+    references, expected = optree.tree_flatten(reference)
     if given != expected:
         raise ValueError(
             f"{name} must have the structure of {reference_name}, got {given}, expected {expected}"
         )
-    for leaf, ref in zip(tr.leaves(tree), tr.leaves(reference), strict=True):
+    if not leading and [leaf.shape for leaf in leaves] == [leaf.shape for leaf in references]:
+        return
+    for leaf, ref in zip(leaves, references, strict=True):
         if leaf.shape[leading:] != ref.shape or leaf.ndim != ref.ndim + leading:
             prefix = "(k, ...) + " if leading else ""
             raise ValueError(

@@ -89,13 +89,12 @@ def leaving_no_trace(*, twice: bool) -> Iterator[None]:
     With ``twice`` also :func:`twice_differentiable`, which graphs that recompute in their backward
     pass (checkpointing) need there again.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(isolated_buffers())
+    with torch.inference_mode(False), torch.enable_grad(), isolated_buffers():
         if twice:
-            stack.enter_context(twice_differentiable())
-        yield
+            with twice_differentiable():
+                yield
+        else:
+            yield
 
 
 @contextmanager

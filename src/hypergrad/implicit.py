@@ -202,13 +202,14 @@ def hypergradient(
         outer_value, rhs, direct = value_and_gradients(outer, theta, phi, "outer")
         exact = hessian(inner, params, hparams, mode=mode)
         operator = exact if curvature is None else _operator(curvature, params, hparams)
-        if damping == "auto":
-            solution, damping = solve_raising_damping(solver, operator, rhs, x0=x0)
-            operator = damped(operator, damping)
-        else:
-            operator = damped(operator, damping)
-            solution = solver.solve(operator, rhs, x0=x0)
-        grads = tr.subtract(direct, exact.vjp_outer(solution.x))
+        with exact.repeated():
+            if damping == "auto":
+                solution, damping = solve_raising_damping(solver, operator, rhs, x0=x0)
+                operator = damped(operator, damping)
+            else:
+                operator = damped(operator, damping)
+                solution = solver.solve(operator, rhs, x0=x0)
+            grads = tr.subtract(direct, exact.vjp_outer(solution.x))
     result = Hypergradient(
         grads, solution, tr.norm(exact.gradient), exact.value, outer_value, damping
     )

@@ -75,7 +75,7 @@ class Neumann(LinearSolver):
         term = rhs
         norm = first_norm = tr.norm(rhs)
         x, status = tr.zeros_like(rhs), Status.APPROXIMATE
-        best, best_norm = x, norm
+        best, best_norm = None, norm  # None: the best sum is x itself
         history = [norm]
         summed = 0
         while True:
@@ -83,9 +83,9 @@ class Neumann(LinearSolver):
             if norm <= self.rtol:
                 status = Status.CONVERGED
                 break
-            extended = tr.add(x, term, step)
             if summed + 1 == self.terms:
-                x, summed = extended, self.terms
+                tr.add_(x, term, step)
+                summed = self.terms
                 break
             following = tr.add(term, operator.matvec(term), -step)
             following_norm = tr.norm(following)
@@ -96,12 +96,15 @@ class Neumann(LinearSolver):
             # others growth may pass, and only a sum of no use at all is called divergent.
             reference = norm if operator.symmetric else first_norm / tr.epsilon(rhs)
             if following_norm > (1.0 + _SLACK) * reference:
-                status, x = Status.DIVERGED, best
+                status, x = Status.DIVERGED, x if best is None else best
                 break
-            x, summed = extended, summed + 1
+            if following_norm <= best_norm:
+                best, best_norm = None, following_norm
+            elif best is None:
+                best = tr.clone(x)
+            tr.add_(x, term, step)
+            summed += 1
             term, norm = following, following_norm
-            if norm <= best_norm:
-                best, best_norm = x, norm
             history.append(norm)
 
         if status is Status.CONVERGED or status.failed or self.measure_residual:

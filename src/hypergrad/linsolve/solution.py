@@ -13,7 +13,8 @@ class Status(Enum):
 
     CONVERGED = "the residual reached the tolerance"
     APPROXIMATE = (
-        "the method is approximate by design; ask for measure_residual=True to see how far it is"
+        "the method is approximate by design; ask for measure_residual=True (CG: for an rtol) to "
+        "see how far it is"
     )
     MAX_ITERATIONS = (
         "the maximum number of iterations was reached before the tolerance; raise maxiter, loosen "

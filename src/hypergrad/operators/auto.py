@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias, get_args
 
 from hypergrad.checks import check_choice
@@ -79,6 +80,9 @@ class AutoHessian(Hessian):
         except DoubleBackwardError as error:
             self._fall_back(error)
             return self._active.multiply_chunk(block)
+
+    def repeated(self) -> AbstractContextManager[None]:
+        return self._active.repeated()
 
     def _fall_back(self, error: DoubleBackwardError) -> None:
         warnings.warn(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -95,6 +96,10 @@ class Hessian(SymmetricOperator):
         narrow = tr.cast_like(vector, self._params)
         product = self.differentiate_gradient(narrow, "inner")
         return tr.cast_like(product, vector)
+
+    def repeated(self) -> AbstractContextManager[None]:
+        """To be entered around many products: what each would set up for itself, set up once."""
+        return nullcontext()
 
     def vjp_outer(self, vector: Tree) -> Tree:
         """The mixed product ``(∂_φ F)ᵀ v``, in the structure and dtypes of ``hparams``.

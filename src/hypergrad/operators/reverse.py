@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from hypergrad import tree as tr
-from hypergrad.evaluation import filled, leaving_no_trace
+from hypergrad.evaluation import filled, leaving_no_trace, twice_differentiable
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.kept_graph import check_differentiable, pull_back, pull_back_block
 from hypergrad.tree import Tree
@@ -23,9 +25,13 @@ class ReverseHessian(Hessian):
     def linearise(self) -> tuple[float, Tree]:
         value = self.inner_value(self._params, twice=True)
         with leaving_no_trace(twice=True):
-            self._graph = self.inner_gradient(value, create_graph=True)
-        check_differentiable(tr.leaves(self._graph), [value], tr.leaves(self._params))
-        return value.item(), tr.detach(self._graph)
+            graph = self.inner_gradient(value, create_graph=True)
+        self._graph = tr.leaves(graph)
+        check_differentiable(self._graph, [value], tr.leaves(self._params))
+        return value.item(), tr.detach(graph)
+
+    def repeated(self) -> AbstractContextManager[None]:
+        return twice_differentiable()
 
     @property
     def default_chunk_size(self) -> int:
@@ -34,12 +40,12 @@ class ReverseHessian(Hessian):
     def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
         inputs = self.inputs(side)
         last = side == "both"
-        grads = pull_back(tr.leaves(self._graph), tr.leaves(inputs), tr.leaves(vector), last=last)
+        grads = pull_back(self._graph, tr.leaves(inputs), tr.leaves(vector), last=last)
         return filled(grads, inputs)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         narrow = tr.leaves(tr.cast_like(block, self._params))
-        products = pull_back_block(tr.leaves(self._graph), tr.leaves(self._params), narrow)
+        products = pull_back_block(self._graph, tr.leaves(self._params), narrow)
         return tr.cast_like(tr.unflatten_like(self._params, products), block)
 
 
