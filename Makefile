@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data examples pages docs test lint format types bench clean
+.PHONY: help install demo data examples pages docs test lint format types bench bench-peers clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -73,5 +73,9 @@ bench: $(STAMP) ## Measure the cost of products, hypergradients and memory (ten 
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m benchmarks
 
+# Virtual environments in .venv-peers: the first run takes minutes more to install them.
+bench-peers: $(STAMP) ## Measure hypergrad beside each of its peers, and write docs/benchmarks.md (an hour)
+	$(BIN)/python -m benchmarks.peers
+
 clean: ## Remove the virtual environment and every cache
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -1,4 +1,4 @@
-"""What mkdocs does beside its own work: pictures of the examples, and formulas as MathML.
+"""What mkdocs does beside its own work: all pictures into the site, and formulas as MathML.
 
 Browsers draw MathML themselves: no script, and nothing is fetched from elsewhere.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-FIGURES = Path(__file__).parent.parent / "examples" / "figures"
+ROOT = Path(__file__).parent.parent
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL
 )
@@ -23,15 +23,20 @@ ROLE = re.compile(r":(?:class|func|meth|mod):(?=<code>|<a |<autoref )")  # of do
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Bring the pictures of the examples into the site."""
-    for path in sorted(FIGURES.glob("*.png")):
+    """Bring the pictures of the examples and the benchmarks into the site."""
+    every = [*ROOT.glob("examples/figures/*.png"), *ROOT.glob("benchmarks/figures/*.png")]
+    for path in sorted(every):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point to where they are then."""
-    return re.sub(r"\]\(((?:\.\./)+)examples/figures/", lambda m: f"]({m[1][3:]}figures/", markdown)
+    return re.sub(
+        r"\]\(((?:\.\./)+)(?:examples|benchmarks)/figures/",
+        lambda m: f"]({m[1][3:]}figures/",
+        markdown,
+    )
 
 
 def on_page_content(content: str, **_: Any) -> str:
