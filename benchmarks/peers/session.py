@@ -89,6 +89,7 @@ class Task:
         problem: the file.
         settings: of that function.
         label: what tells it from the same peer's others.
+        apart: whether it has a process of its own, whose heap no other work has used.
     """
 
     peer: str
@@ -96,6 +97,12 @@ class Task:
     problem: str
     settings: dict[str, Any]
     label: str = ""
+    apart: bool = False
+
+    @property
+    def worker(self) -> str:
+        """The process that does it."""
+        return f"{self.peer} {self.label}" if self.apart else self.peer
 
 
 @dataclass
@@ -146,7 +153,9 @@ class Session:
         for name in self.names:
             self._start(name)
 
-    def _start(self, name: str) -> None:
+    def _start(self, key: str) -> None:
+        """Start a worker: ``key`` is the peer's name, or begins with it."""
+        name = key.split()[0]
         if name in self.failures:
             return
         if not ready(BY_NAME[name]):
@@ -158,7 +167,7 @@ class Session:
             worker.close()
             return
         self.versions[name] = worker.versions
-        self.workers[name] = worker
+        self.workers[key] = worker
 
     def file(self, name: str, problem: Any) -> str:
         """Write a problem where the workers find it."""
@@ -185,7 +194,7 @@ class Session:
             if spent > most:
                 break
             for key, measured in list(at_work):
-                answer = self._ask(measured.task.peer, "run", key=key)
+                answer = self._ask(measured.task.worker, "run", key=key)
                 if not measured.take(answer):
                     at_work.remove((key, measured))
                     continue
@@ -194,8 +203,11 @@ class Session:
                 measured.error = answer.pop("error", None)
                 measured.extra = answer
         for number, measured in enumerate(results):
-            if measured.task.peer in self.workers:
-                self._ask(measured.task.peer, "close", key=str(number))
+            key = measured.task.worker
+            if key in self.workers and measured.task.apart:
+                self.workers.pop(key).close()
+            elif key in self.workers:
+                self._ask(key, "close", key=str(number))
         return results
 
     def add_peaks(self, results: Sequence[Measured]) -> None:
@@ -224,8 +236,8 @@ class Session:
         measured = Measured(task)
         if not self._open(measured, "profile"):
             return {}
-        answer = self._ask(task.peer, "profile", key="profile")
-        self._ask(task.peer, "close", key="profile")
+        answer = self._ask(task.worker, "profile", key="profile")
+        self._ask(task.worker, "close", key="profile")
         return answer.get("shares", {})
 
     def close(self) -> None:
@@ -242,22 +254,25 @@ class Session:
 
     def _open(self, measured: Measured, key: str) -> bool:
         task = measured.task
+        if task.apart and task.worker not in self.workers:
+            self._start(task.worker)
         answer = self._ask(
-            task.peer, "open", key=key, kind=task.kind, problem=task.problem,
+            task.worker, "open", key=key, kind=task.kind, problem=task.problem,
             settings=task.settings,
         )  # fmt: skip
         if measured.take(answer):
-            answer = self._ask(task.peer, "run", key=key)
+            answer = self._ask(task.worker, "run", key=key)
         return measured.take(answer)
 
-    def _ask(self, peer: str, do: str, **request: Any) -> Answer:
+    def _ask(self, worker: str, do: str, **request: Any) -> Answer:
+        peer = worker.split()[0]
         if peer in self.failures:
             return {"failure": self.failures[peer]}
-        answer = self.workers[peer].ask(do, **request)
+        answer = self.workers[worker].ask(do, **request)
         if "no answer within" in answer.get("failure", "") or "the process" in answer.get(
             "failure", ""
         ):
             # What it had open is lost, but not the workloads to come.
-            self.workers.pop(peer).close()
-            self._start(peer)
+            self.workers.pop(worker).close()
+            self._start(worker)
         return answer

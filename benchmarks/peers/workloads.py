@@ -124,14 +124,19 @@ def unrolled(session: Session, record: Record, size: Size) -> None:
         exact = truth.through_steps(plain.to(torch.float64), optimizer, steps, lr)
         path = session.file(optimizer, replace(plain, exact=exact.detach()))
         tasks = [
-            Task(name, "unrolled", path, {**mode, **_of_steps(optimizer, steps, lr)}, label)
+            Task(name, "unrolled", path, {**mode, **_of_steps(optimizer, steps, lr)}, label, True)
             for name in session.names
             for label, mode in _modes(name)
         ]
         results = session.measure(tasks, max(3, size.repeats // 3))
         session.add_peaks(results)
         if optimizer == "sgd":
-            _profile(session, record, "d", [t for t in tasks if t.label in ("", "graph")])
+            _profile(
+                session,
+                record,
+                "d",
+                [replace(t, apart=False) for t in tasks if t.label in ("", "graph")],
+            )
         reference = ours(results, "graph")
         seconds = reference.median if reference else None
         rows_of = [

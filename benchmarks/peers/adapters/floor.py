@@ -5,7 +5,7 @@ No checks, no receipt, no trees, random state and buffers left as they fall.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from benchmarks.peers.problems import Problem
 
 DISTRIBUTION = "torch"
 
-Vector = Sequence[Tensor]
+Vector = tuple[Tensor, ...]
 
 
 def implicit(problem: Problem, method: str, **settings: Any) -> Callable[[], Tensor]:
     """A loop of CG or of Neumann's series over a gradient whose graph is kept."""
-    solve = {"cg": _cg, "neumann": _neumann}.get(method)
-    if solve is None:
+    if method not in ("cg", "neumann"):
         raise NoSuchMethod
+    solve = _cg if method == "cg" else _neumann
 
     def run() -> Tensor:
         params = {k: t.detach().requires_grad_() for k, t in problem.params.items()}
@@ -43,8 +43,8 @@ def implicit(problem: Problem, method: str, **settings: Any) -> Callable[[], Ten
 
 
 def _cg(product: Callable[[Vector], Vector], rhs: Vector, iterations: int, **_: Any) -> Vector:
-    x = [torch.zeros_like(t) for t in rhs]
-    r, p = [t.clone() for t in rhs], [t.clone() for t in rhs]
+    x = tuple(torch.zeros_like(t) for t in rhs)
+    r, p = (tuple(t.clone() for t in rhs) for _ in range(2))
     rr = _dot(r, r)
     for _i in range(iterations):
         Ap = product(p)
@@ -60,7 +60,7 @@ def _cg(product: Callable[[Vector], Vector], rhs: Vector, iterations: int, **_: 
 def _neumann(
     product: Callable[[Vector], Vector], rhs: Vector, iterations: int, alpha: float, **_: Any
 ) -> Vector:
-    x, term = [t.clone() for t in rhs], [t.clone() for t in rhs]
+    x, term = (tuple(t.clone() for t in rhs) for _ in range(2))
     for _i in range(iterations):
         torch._foreach_add_(term, product(term), alpha=-alpha)
         torch._foreach_add_(x, term)

@@ -1,0 +1,105 @@
+"""The benchmark of peers: that it runs, and that its page is what its last run wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import data, growth, page, record, truth
+from benchmarks.peers.adapters import floor, ours
+from benchmarks.peers.environments import BY_NAME
+from benchmarks.peers.session import Measured, Session, Task
+
+
+def test_ours_and_the_floor_go_through_every_workload(tmp_path, capsys):
+    peers.main(["--quick", "--peers", "ours,floor", "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
+    tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "c", "d_sgd", "d_adam"}
+    assert tables | {"d_profile", "e", "f_time", "f_memory"} == set(content["tables"])
+    for name in ("a", "d_sgd", "d_adam"):
+        rows = content["tables"][name]["rows"]
+        assert {row[""].split(",")[0] for row in rows} == {"hypergrad (here)", "PyTorch"}
+        assert all(row["ms"] > 0.0 and row["remark"] == "" for row in rows)
+    assert (tmp_path / "peers.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"peers_error.png", "peers_growth.png"}
+
+
+@pytest.mark.parametrize("method", ["cg", "neumann"])
+def test_adapters_agree_with_the_reference_of_their_own(method):
+    problem = data.digits_network((64, 8, 10), rows=64).to(torch.float64)
+    iterations = {"cg": 200, "neumann": 20_000}[method]
+    settings = {"iterations": iterations, "alpha": 1.0 / problem.facts["largest curvature"]}
+    for adapter in (ours, floor):
+        assert problem.error(adapter.implicit(problem, method, **settings)()) < 1e-6
+
+
+def test_the_reference_solves_the_same_system_both_ways():
+    problem = data.digits_network((64, 4, 10), rows=64).to(torch.float64)
+    assert torch.allclose(truth.implicit(problem), truth.dense(problem), rtol=1e-8)
+
+
+def test_what_a_peer_raises_is_a_cell_of_its_row(tmp_path):
+    problem = data.random_network((3, 2, 2), 4)
+    with Session(["ours"]) as session:
+        path = session.file("problem", problem)
+        tasks = [
+            Task("ours", "unrolled", path, {"optimizer": "sgd", "steps": 0, "lr": 0.1}),
+            Task("ours", "implicit", path, {"method": "no such"}),
+            Task("ours", "unrolled", path, {"optimizer": "sgd", "steps": 2, "lr": 0.1}),
+        ]
+        failed, missing, right = session.measure(tasks, 2)
+    assert record.remark(failed).startswith("ValueError: steps")
+    assert record.remark(missing) == "no such method"
+    assert record.remark(right) == ""
+    assert len(right.seconds) == 2
+
+
+def test_an_environment_that_is_not_there_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.peers.environments.FOLDER", tmp_path)
+    with Session(["higher"]) as session:
+        (measured,) = session.measure([Task("higher", "unrolled", "nowhere", {})], 1)
+    assert measured.failure == "not installed"
+
+
+def test_growth_is_the_slope_of_logarithms():
+    sizes = [10.0, 20.0, 40.0]
+    assert growth.exponent(sizes, [3.0 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    assert growth.exponent(sizes[:1], [1.0]) is None
+
+
+def test_a_goal_without_a_figure_is_not_met():
+    assert not record.Goal("time", 1.0, None).met
+    assert record.Goal("time", 1.0, 0.99).met
+    assert not record.Goal("time", 1.0, math.nan).met
+
+
+def test_the_fastest_peer_is_neither_ours_nor_the_floor():
+    found = [
+        Measured(Task(name, "implicit", "", {}), seconds=[seconds])
+        for name, seconds in (("ours", 1.0), ("floor", 0.5), ("higher", 3.0), ("boat", 2.0))
+    ]
+    assert record.fastest(found).task.peer == "boat"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "a,x"], "--only must be of a, b, c, d, e, f, not 'x'"),
+        (["--peers", "none"], "--peers must be of"),
+        (["--repeats", "0"], "--repeats must be at least 1, not 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        peers.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_is_what_its_run_wrote():
+    page.main(["--check"])
+    content = json.loads((record.RESULTS / "peers.json").read_text(encoding="utf-8"))
+    assert set(content["versions"]) | set(content["failures"]) == set(BY_NAME)
