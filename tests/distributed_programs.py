@@ -5,6 +5,7 @@ Whatever is made with one process is made here by the same functions, given othe
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from hypergrad import block as bl
 from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.distributed import DataParallel
+from hypergrad.operators.base import WrappedOperator
 
 Tree = Any
 Objective = Callable[[Tree, Tree], Tensor]
@@ -388,7 +390,7 @@ def averaged_messages(placement: str) -> dict[str, Any]:
 
 def loop_messages() -> list[tuple[str, int]]:
     """Of a loop's step over two batches, those that are as large as θ."""
-    solver, _ = _solver(dist.group.WORLD, "cg-plain", 1, _start(), [], inner_batches=2)
+    solver, _ = loop_solver(dist.group.WORLD, "cg-plain", 1, start(), [], inner_batches=2)
     with Messages() as noted:
         (record,) = solver
     size = tr.size(solver.params)
@@ -440,6 +442,52 @@ def elements_of_a_sketch() -> int:
     operator = hg.operators.hessian(DataParallel(f), params, torch.tensor(1.0))
     sketch = hg.Nystrom(5, rho=0.1, generator=_generator()).sketch(operator)
     return sum(pl.local(leaf).numel() for leaf in tr.leaves(sketch.sketch.basis.block))
+
+
+class _Watching(WrappedOperator):
+    """Notes how much memory x, r and p of the solver take on this rank, at each product."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__(operator)
+        self.elements: list[int] = []
+
+    @property
+    def lower_bound(self) -> float:
+        return self._operator.lower_bound
+
+    def matvec(self, vector: Tree) -> Tree:
+        frame = inspect.currentframe()
+        while frame.f_code is not hg.CG.solve_scaled.__code__:
+            frame = frame.f_back
+        vectors = [frame.f_locals[name] for name in ("x", "r", "p")]
+        leaves = [pl.local(leaf) for leaf in tr.leaves(vectors)]
+        # Storages, since a part may be a view of the whole.
+        sizes = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in leaves}
+        self.elements.append(sum(s.nbytes() for s in sizes.values()) // leaves[0].element_size())
+        return self._operator.matvec(vector)
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        return self.matvec(vector)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return self._operator.multiply_chunk(block)
+
+
+def elements_of_cg() -> int:
+    """The most that a rank holds of x, r and p, while CG runs."""
+    params = sharded(wide())
+
+    def f(params: Tree, hparams: Tensor) -> Tensor:
+        scales = torch.linspace(1.0, 2.0, 8)
+        parts = [(scales * params["W"].square()).sum(), (params["b"] ** 2).sum()]
+        return hparams * torch.stack(parts).sum()
+
+    operator = hg.operators.hessian(DataParallel(f), params, torch.tensor(1.0))
+    watched = _Watching(operator)
+    solution = hg.CG(rtol=1e-3).solve(watched, tr.random_normal_like(params, _generator()))
+    assert solution.converged
+    assert solution.iterations > 2
+    return max(watched.elements)
 
 
 def both_averages() -> tuple[Tree, Tree]:
@@ -731,7 +779,7 @@ def own_masks() -> float:
     return found[0]
 
 
-def _solver(
+def loop_solver(
     group: Any, method: str, steps: int, params: Tree, callbacks: list[Any], **options: Any
 ) -> tuple[hg.BilevelSolver, Tensor]:
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -776,23 +824,23 @@ def _solver(
 def _run(
     group: Any, method: str, steps: int, params: Tree, callbacks: list[Any], folder: Any
 ) -> tuple[Tree, Tree, list[float]]:
-    solver, hparams = _solver(group, method, steps, params, callbacks)
+    solver, hparams = loop_solver(group, method, steps, params, callbacks)
     if folder is not None:
         solver.resume(folder)
     history = solver.run()
     return full(params), hparams.detach(), [*history["outer_loss"], *history["inner/fit"]]
 
 
-def _start() -> Tree:
+def start() -> Tree:
     return {key: value.clone() for key, value in mlp(24).params.items()}
 
 
 def loop_alone(method: str, steps: int, folder: Any = None) -> tuple[Tree, Tree, list[float]]:
-    return _run(None, method, steps, _start(), [], folder)
+    return _run(None, method, steps, start(), [], folder)
 
 
 def loop(kind: str, method: str, steps: int, folder: str) -> tuple[Tree, Tree, list[float]]:
-    params = PLACEMENTS[kind][0](_start())
+    params = PLACEMENTS[kind][0](start())
     callbacks = [
         hg.bilevel.Checkpoint(folder, every=2),
         hg.bilevel.CSV(Path(folder, "history.csv")),
@@ -823,6 +871,6 @@ def stop_on_one() -> tuple[int, str | None]:
             if record.step == 2 and _on(1):
                 solver.stop("enough")
 
-    solver, _ = _solver(dist.group.WORLD, "cg", 9, _start(), [Enough()])
+    solver, _ = loop_solver(dist.group.WORLD, "cg", 9, start(), [Enough()])
     solver.run()
     return solver.outer_step, solver.stop_reason

@@ -131,6 +131,17 @@ def test_vectors_of_a_solver_take_a_part_of_the_memory_on_each_rank(ranks):
             )
 
 
+def test_the_vectors_of_cg_take_a_part_of_the_memory_on_each_rank(ranks):
+    whole = ranks(1, programs.elements_of_cg)[0]
+    assert whole == 3 * tr.size(programs.wide())
+    for size in (2, 4):
+        for part in ranks(size, programs.elements_of_cg):
+            # As above; x, r and p.
+            assert part <= whole / size + 3 * sum(
+                leaf[0].numel() for leaf in programs.wide().values()
+            )
+
+
 def test_the_average_of_local_inverses_is_another_quantity(ranks):
     problem = programs.mlp()
     exact = programs.METHODS["dense"](*problem.objectives(), problem.params, problem.hparams)
