@@ -61,6 +61,10 @@ def test_a_hypergradient_sends_a_vector_for_each_product_and_two_more(ranks):
         names = [name for name, elements in seen if elements >= n]
         assert names.count("reduce_scatter") == products + 2
         assert names.count("all_gather") == products + 3
+        # Two an iteration, of which the last has a product more; and a few before and after them.
+        sums = [elements for name, elements in seen if name == "sum"]
+        assert 2 * (products - 1) <= len(sums) <= 2 * (products - 1) + 8
+        assert set(sums) == {1}
 
 
 @pytest.mark.parametrize("widths", [(30, 40, 50, 7), (8, 9), (6, 5, 4)])
