@@ -20,6 +20,9 @@ from benchmarks.digits import logistic as digits_logistic
 from benchmarks.loop import REPEATS, print_overhead
 from benchmarks.loop import measure as measure_loop
 from benchmarks.processes import Memory, import_ratio, nystrom_memory
+from benchmarks.ranks import REPEATS as RANK_REPEATS
+from benchmarks.ranks import measure as measure_ranks
+from benchmarks.ranks import print_cost
 from benchmarks.timing import machine
 from benchmarks.unrolling import COUNTS, PEERS, Unrolling, copies_a_step
 from benchmarks.unrolling import measure as measure_unrolling
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_memory(memory)
     overhead = measure_loop(3 if options.quick else REPEATS, options.quick)
     print_overhead(overhead)
+    rank_cost = measure_ranks(3 if options.quick else RANK_REPEATS, options.quick)
+    print_cost(rank_cost)
     courses = measure_algorithms(options.quick)
     print_courses(courses)
     if options.json is not None:
@@ -77,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "import_ratio": ratio,
             "memory": [asdict(row) for row in memory],
             "loop": asdict(overhead),
+            "ranks": asdict(rank_cost),
             "algorithms": {name: [asdict(row) for row in rows] for name, rows in courses.items()},
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

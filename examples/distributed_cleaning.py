@@ -11,15 +11,18 @@ that one process makes on the whole batch: the tables of any number of processes
     torchrun --standalone --nproc-per-node 2 examples/distributed_cleaning.py
     torchrun --standalone --nproc-per-node 2 examples/distributed_cleaning.py \
         --sharded --checkpoints runs/cleaning
+    torchrun --standalone --nproc-per-node 3 --max-restarts 3 \
+        examples/distributed_cleaning.py --checkpoints runs/cleaning
 
 With `--sharded` each process holds its part of θ and of the optimiser's state alone. With
 `--checkpoints` a run that was cut off goes on where it was when it is started again, also with
-another number of processes.
+another number of processes; with `--max-restarts` torchrun does that by itself when a process dies.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +62,24 @@ def rows(seed: int) -> tuple[TensorDataset, TensorDataset, TensorDataset, Tensor
         TensorDataset(pixels[part], given[part], torch.arange(len(pixels))[part]) for part in parts
     )
     return train, validation, test, wrong
+
+
+def join() -> None:
+    """Join the processes that torchrun started, or started again."""
+    run, size = os.environ.get("TORCHELASTIC_RUN_ID", "none"), os.environ["WORLD_SIZE"]
+    if run == "none" or os.environ["LOCAL_WORLD_SIZE"] != size:
+        dist.init_process_group("gloo")
+        return
+    # With --standalone. The store of torchrun keeps after a restart what the attempt before it put
+    # there (pytorch/pytorch#135712), and the next one often cannot start: each has a file instead.
+    attempt = f"{run}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    store = Path(tempfile.gettempdir(), f"distributed-cleaning-{attempt}")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(size),
+    )
 
 
 def loader(data: TensorDataset) -> DataLoader[tuple[Tensor, ...]]:
@@ -131,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.sharded and not started:
         parser.error("--sharded needs the processes of torchrun")
     if started:
-        dist.init_process_group("gloo")
+        join()
         if BATCH % dist.get_world_size():
             parser.error(f"the processes must divide {BATCH}, got {dist.get_world_size()}")
     torch.set_num_threads(1)
@@ -147,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"precision {precision:.3f}, recall {recall:.3f}")
         print(f"test accuracy {accuracy:.3f}, ‖φ‖ = {float(phi.norm()):.6f}")
     if started:
+        # A process that ends while another still talks to it may abort instead.
         dist.barrier()
         dist.destroy_process_group()
 

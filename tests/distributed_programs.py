@@ -5,6 +5,7 @@ Whatever is made with one process is made here by the same functions, given othe
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from hypergrad import block as bl
 from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.distributed import DataParallel
+from hypergrad.operators.base import WrappedOperator
 
 Tree = Any
 Objective = Callable[[Tree, Tree], Tensor]
@@ -341,6 +343,91 @@ def messages(placement: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _in_batches(count: int) -> tuple[Objective, Objective]:
+    """f and g, of which each rank has several batches, not all of them equally large."""
+    problem = mlp()
+    own = list(range(25))[dist.get_rank() :: dist.get_world_size()]
+    batches = [own[k::count] for k in range(count)]
+
+    def mean(of_rows: Callable[[Any], Objective]) -> Objective:
+        over = hg.Averaged(lambda w, h, rows: of_rows(rows)(w, h), batches, weight=len)
+        return DataParallel(over, weight=float(len(own)))
+
+    return mean(problem.inner), mean(problem.outer)
+
+
+def averaged_hypergradients(placements: Sequence[str]) -> list[dict[str, Tree]]:
+    f, g = _in_batches(3)
+    problem = mlp()
+    found = []
+    for placement in placements:
+        of_params, of_hparams = PLACEMENTS[placement]
+        trees = of_params(problem.params), of_hparams(problem.hparams)
+        found.append({name: full(METHODS[name](f, g, *trees)) for name in AVERAGED})
+    return found
+
+
+AVERAGED = ("cg", "nystrom-chunked", "sgd-graph", "argmin")
+
+
+def averaged_messages(placement: str) -> dict[str, Any]:
+    """What a product of the mean over three batches of each rank sends, and a block of three."""
+    of_params, _ = PLACEMENTS[placement]
+    params = of_params(mlp().params)
+    operator = hg.operators.hessian(_in_batches(3)[0], params, mlp().hparams)
+    vector = tr.random_normal_like(params, _generator())
+    found = {}
+    block = bl.stack([vector] * 3)
+    for name, work in (
+        ("product", lambda: operator.matvec(vector)),
+        ("block", lambda: operator.matmat(block)),
+    ):
+        with Messages() as noted:
+            work()
+        found[name] = noted.seen
+    return found
+
+
+def loop_messages() -> list[tuple[str, int]]:
+    """Of a loop's step over two batches, those that are as large as θ."""
+    solver, _ = loop_solver(dist.group.WORLD, "cg-plain", 1, start(), [], inner_batches=2)
+    with Messages() as noted:
+        (record,) = solver
+    size = tr.size(solver.params)
+    return [record.matvecs, sum(elements == size for _, elements in noted.seen)]
+
+
+def later_batch_fails() -> None:
+    """The second pass over a rank's batches fails: while products are made."""
+    passes = 0
+
+    def f(params: Tree, hparams: Tree, rows: slice) -> Tensor:
+        nonlocal passes
+        passes += 1
+        if _on(1) and passes > 5:
+            raise KeyError("no such column")
+        return mlp().inner(rows)(params, hparams)
+
+    _solved(DataParallel(hg.Averaged(f, [slice(0, 10), slice(10, 25)])))
+
+
+def averaged_dropout() -> tuple[float, bool]:
+    """How symmetric the mean of two batches with masks is, and whether its value repeats."""
+    problem = mlp()
+
+    def own(params: Tree, hparams: Tensor, rows: slice) -> Tensor:
+        x = F.dropout(problem.x[rows], 0.5)
+        return F.cross_entropy(functional_call(problem.module, params, (x,)), problem.y[rows])
+
+    f = DataParallel(hg.Averaged(own, [slice(0, 10), slice(10, 25)]))
+    operator = hg.operators.hessian(f, problem.params, problem.hparams)
+    u, v = (tr.random_normal_like(problem.params, _generator()) for _ in range(2))
+    v = operator.matvec(v)
+    a, b = (float(tr.dot(x, operator.matvec(y))) for x, y in ((u, v), (v, u)))
+    as_one = float(f(problem.params, problem.hparams))
+    return abs(a - b) / abs(a), abs(as_one - operator.value) < 1e-12
+
+
 def wide() -> dict[str, Tensor]:
     return {"W": torch.zeros(64, 8), "b": torch.zeros(30)}
 
@@ -355,6 +442,52 @@ def elements_of_a_sketch() -> int:
     operator = hg.operators.hessian(DataParallel(f), params, torch.tensor(1.0))
     sketch = hg.Nystrom(5, rho=0.1, generator=_generator()).sketch(operator)
     return sum(pl.local(leaf).numel() for leaf in tr.leaves(sketch.sketch.basis.block))
+
+
+class _Watching(WrappedOperator):
+    """Notes how much memory x, r and p of the solver take on this rank, at each product."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__(operator)
+        self.elements: list[int] = []
+
+    @property
+    def lower_bound(self) -> float:
+        return self._operator.lower_bound
+
+    def matvec(self, vector: Tree) -> Tree:
+        frame = inspect.currentframe()
+        while frame.f_code is not hg.CG.solve_scaled.__code__:
+            frame = frame.f_back
+        vectors = [frame.f_locals[name] for name in ("x", "r", "p")]
+        leaves = [pl.local(leaf) for leaf in tr.leaves(vectors)]
+        # Storages, since a part may be a view of the whole.
+        sizes = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in leaves}
+        self.elements.append(sum(s.nbytes() for s in sizes.values()) // leaves[0].element_size())
+        return self._operator.matvec(vector)
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        return self.matvec(vector)
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return self._operator.multiply_chunk(block)
+
+
+def elements_of_cg() -> int:
+    """The most that a rank holds of x, r and p, while CG runs."""
+    params = sharded(wide())
+
+    def f(params: Tree, hparams: Tensor) -> Tensor:
+        scales = torch.linspace(1.0, 2.0, 8)
+        parts = [(scales * params["W"].square()).sum(), (params["b"] ** 2).sum()]
+        return hparams * torch.stack(parts).sum()
+
+    operator = hg.operators.hessian(DataParallel(f), params, torch.tensor(1.0))
+    watched = _Watching(operator)
+    solution = hg.CG(rtol=1e-3).solve(watched, tr.random_normal_like(params, _generator()))
+    assert solution.converged
+    assert solution.iterations > 2
+    return max(watched.elements)
 
 
 def both_averages() -> tuple[Tree, Tree]:
@@ -555,6 +688,60 @@ def fully_sharded_in_reverse() -> Tree:
     return _of_module(whole, dict(whole.params), problem, "reverse")
 
 
+def _penalised(module: nn.Module) -> Objective:
+    """What a user writes who does not know that ``functional_call`` cannot do it."""
+    x, y = mlp(24).x, mlp(24).y
+
+    def f(params: Tree, hparams: Tensor) -> Tensor:
+        params = {key: pl.full(leaf) for key, leaf in params.items()}
+        penalty = sum(leaf.square().sum() for leaf in params.values())
+        return F.cross_entropy(functional_call(module, params, (x,)), y) + hparams.sum() * penalty
+
+    return f
+
+
+def functional_call_of_fully_sharded(how: str) -> None:
+    module, problem, _ = _fully_sharded()
+    f = _penalised(module)
+    params = {key: p.detach() for key, p in module.named_parameters()}
+    g = DataParallel(lambda params, hparams: sum(p.square().sum() for p in params.values()))
+    if how == "unrolled":
+        method = hg.Unrolled(hg.optimizers.SGD(lr=0.1), 2)
+        hg.hypergradient(f, g, params, problem.hparams, method=method)
+    elif how == "shared":
+        hg.hypergradient(DataParallel(f), g, params, problem.hparams)
+    elif how == "alone":
+        DataParallel(f)(params, problem.hparams)
+    elif how == "loop":
+        hparams = problem.hparams.clone()
+        hg.BilevelSolver(
+            lambda params, hparams, batch: f(params, hparams),
+            lambda params, hparams, batch: g(params, hparams),
+            module, hparams, inner_optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            outer_optimizer=torch.optim.SGD([hparams], lr=0.1),
+        ).run()  # fmt: skip
+    else:
+        hg.hypergradient(f, g, params, problem.hparams)
+
+
+def fully_sharded_features() -> tuple[Tree, Tree]:
+    """A head on what a frozen module makes, which is sharded, and which is not."""
+    module, problem, _ = _fully_sharded()
+    module.requires_grad_(False)
+
+    def solve(features: nn.Module) -> Tree:
+        def f(params: Tensor, hparams: Tensor) -> Tensor:
+            logits = features(problem.x) @ params
+            return F.cross_entropy(logits, problem.y) + hparams.exp()[0] * params.square().sum()
+
+        def g(params: Tensor, hparams: Tensor) -> Tensor:
+            return F.cross_entropy(features(-problem.x) @ params, problem.y)
+
+        return hg.hypergradient(f, g, torch.eye(3).double(), problem.hparams).grads
+
+    return solve(problem.module), solve(module)
+
+
 def _dropping() -> tuple[Objective, Objective, dict[str, Tensor]]:
     problem = mlp()
 
@@ -592,8 +779,8 @@ def own_masks() -> float:
     return found[0]
 
 
-def _solver(
-    group: Any, method: str, steps: int, params: Tree, callbacks: list[Any]
+def loop_solver(
+    group: Any, method: str, steps: int, params: Tree, callbacks: list[Any], **options: Any
 ) -> tuple[hg.BilevelSolver, Tensor]:
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -618,6 +805,7 @@ def _solver(
         "cg": hg.bilevel.Implicit(
             hg.CG(rtol=1e-12, preconditioner=hg.NystromPreconditioner(4)), damping=0.5
         ),
+        "cg-plain": hg.CG(rtol=1e-12),
         "unrolled": hg.Unrolled(),
         "soba": hg.single_loop.SOBA(),
     }
@@ -628,6 +816,7 @@ def _solver(
         outer_optimizer=torch.optim.Adam([hparams], lr=0.05),
         hypergradient=methods[method], inner_steps=1 if method == "soba" else 3,
         outer_steps=steps, seed=3, process_group=group, callbacks=callbacks,
+        **options,
     )  # fmt: skip
     return solver, hparams
 
@@ -635,23 +824,23 @@ def _solver(
 def _run(
     group: Any, method: str, steps: int, params: Tree, callbacks: list[Any], folder: Any
 ) -> tuple[Tree, Tree, list[float]]:
-    solver, hparams = _solver(group, method, steps, params, callbacks)
+    solver, hparams = loop_solver(group, method, steps, params, callbacks)
     if folder is not None:
         solver.resume(folder)
     history = solver.run()
     return full(params), hparams.detach(), [*history["outer_loss"], *history["inner/fit"]]
 
 
-def _start() -> Tree:
+def start() -> Tree:
     return {key: value.clone() for key, value in mlp(24).params.items()}
 
 
 def loop_alone(method: str, steps: int, folder: Any = None) -> tuple[Tree, Tree, list[float]]:
-    return _run(None, method, steps, _start(), [], folder)
+    return _run(None, method, steps, start(), [], folder)
 
 
 def loop(kind: str, method: str, steps: int, folder: str) -> tuple[Tree, Tree, list[float]]:
-    params = PLACEMENTS[kind][0](_start())
+    params = PLACEMENTS[kind][0](start())
     callbacks = [
         hg.bilevel.Checkpoint(folder, every=2),
         hg.bilevel.CSV(Path(folder, "history.csv")),
@@ -682,6 +871,6 @@ def stop_on_one() -> tuple[int, str | None]:
             if record.step == 2 and _on(1):
                 solver.stop("enough")
 
-    solver, _ = _solver(dist.group.WORLD, "cg", 9, _start(), [Enough()])
+    solver, _ = loop_solver(dist.group.WORLD, "cg", 9, start(), [Enough()])
     solver.run()
     return solver.outer_step, solver.stop_reason

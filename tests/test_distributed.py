@@ -92,12 +92,52 @@ def test_a_product_is_communicated_once(ranks, size):
         assert names.count("sum") <= counts["inner_products"]
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_means_over_batches_of_each_rank_give_the_answer_of_one_process(ranks, size):
+    problem = programs.mlp()
+    found = ranks(size, programs.averaged_hypergradients, ("replicated", "sharded-both"))[0]
+    for name in programs.AVERAGED:
+        expected = programs.METHODS[name](*problem.objectives(), problem.params, problem.hparams)
+        for grads in found:
+            assert difference(grads[name], tr.detach(expected)) < 1e-10, name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_product_over_several_batches_of_a_rank_is_communicated_once(ranks, size):
+    n = tr.size(programs.mlp().params)
+    for counts in ranks(size, programs.averaged_messages, "replicated"):
+        # The one number says whether a rank failed.
+        assert counts["product"] == [("all_reduce", 1), ("all_reduce", n)]
+        assert counts["block"] == [("all_reduce", 1), ("all_reduce", 3 * n)]
+    for counts in ranks(size, programs.averaged_messages, "sharded-params"):
+        for kind in ("product", "block"):
+            names = [name for name, _ in counts[kind]]
+            assert names == ["all_gather", "all_reduce", "reduce_scatter"]
+
+
+def test_the_loop_communicates_a_product_over_several_batches_once(ranks):
+    for matvecs, messages in ranks(2, programs.loop_messages):
+        # Three inner steps, the gradients of f and g, and the products but for the mixed one.
+        assert messages == 3 + 2 + matvecs - 1
+
+
 def test_vectors_of_a_solver_take_a_part_of_the_memory_on_each_rank(ranks):
     whole = ranks(1, programs.elements_of_a_sketch)[0]
     for size in (2, 4):
         for part in ranks(size, programs.elements_of_a_sketch):
             # A leaf of r rows has at most ceil(r / size) of them on a rank.
             assert part <= whole / size + 5 * sum(
+                leaf[0].numel() for leaf in programs.wide().values()
+            )
+
+
+def test_the_vectors_of_cg_take_a_part_of_the_memory_on_each_rank(ranks):
+    whole = ranks(1, programs.elements_of_cg)[0]
+    assert whole == 3 * tr.size(programs.wide())
+    for size in (2, 4):
+        for part in ranks(size, programs.elements_of_cg):
+            # As above; x, r and p.
+            assert part <= whole / size + 3 * sum(
                 leaf[0].numel() for leaf in programs.wide().values()
             )
 
@@ -121,6 +161,7 @@ def test_the_average_of_local_inverses_is_another_quantity(ranks):
         (programs.unlike_seeds, "DistributedError", "must agree in their random states"),
         (programs.bad_weight, "DistributedError", "weight must be a finite number > 0"),
         (programs.no_scalar, "DistributedError", "objective must return a scalar tensor, got (3,)"),
+        (programs.later_batch_fails, "DistributedError", "rank 1: KeyError: 'no such column'"),
         (programs.loader_fails, "DistributedError", "LoaderError: inner_loader raised OSError"),
     ],
 )
@@ -180,6 +221,28 @@ def test_a_fully_sharded_module_goes_by_finite_differences(ranks):
         assert kind == "DoubleBackwardError"
 
 
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("implicit", "ValueError"),
+        ("unrolled", "ValueError"),
+        ("loop", "ValueError"),
+        ("shared", "DistributedError"),
+        ("alone", "DistributedError"),
+    ],
+)
+def test_functional_call_of_a_fully_sharded_module_is_refused(ranks, how, kind):
+    for error, words in ranks.errors(2, programs.functional_call_of_fully_sharded, how):
+        assert error == kind
+        assert "objectives must not call a module of fully_shard" in words
+        assert "use hypergrad.distributed.WholeModule(module, loss)" in words
+
+
+def test_a_frozen_fully_sharded_module_may_make_features(ranks):
+    for expected, found in ranks(2, programs.fully_sharded_features):
+        assert difference(found, expected) < 1e-10
+
+
 def test_dropout_differs_between_ranks_and_not_between_products(ranks):
     found = ranks(3, programs.dropout)
     for asymmetry, same_values, other_values, states_differ in found:
@@ -187,6 +250,9 @@ def test_dropout_differs_between_ranks_and_not_between_products(ranks):
         assert same_values
         assert other_values
         assert not states_differ
+    for asymmetry, as_one in ranks(3, programs.averaged_dropout):
+        assert asymmetry < 1e-12
+        assert as_one
     # Rank by rank another mask: the values of the ranks' own objectives differ.
     assert len(set(ranks(3, programs.own_masks))) == 3
 

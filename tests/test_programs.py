@@ -40,6 +40,7 @@ def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
         "Import",
         "Peak",
         "The loop beside a hand-written one",
+        "torch.distributed, unused",
         "Bilevel algorithms",
     ):
         assert f"{title}" in out
@@ -48,4 +49,5 @@ def test_the_benchmark_prints_every_table(tmp_path: Path) -> None:
     assert len(figures["convergence"]) == 2
     methods = {row["method"] for row in figures["unrolling"]}
     assert {"graph", "recompute", "checkpoint", "forward"} <= methods
+    assert set(figures["ranks"]) == {"plain", "by_bare", "beside_a_group", "data_parallel"}
     assert all(cost["hypergradient_ratio"] > 0 for cost in figures["costs"])

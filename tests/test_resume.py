@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
-from hypergrad.bilevel.callbacks.checkpoint import checkpoints
+from hypergrad.bilevel.store import checkpoints
 
 
 def sketched() -> bl.Implicit:
@@ -284,7 +284,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
 import resource, warnings
 from loops import ridge_solver
 from hypergrad import bilevel as bl
-from hypergrad.bilevel.callbacks.checkpoint import checkpoints
+from hypergrad.bilevel.store import checkpoints
 from pathlib import Path
 folder = Path({str(tmp_path)!r})
 solver = ridge_solver(outer_steps=5, callbacks=[bl.Checkpoint(folder)])

@@ -173,10 +173,12 @@ def _run(
 def memory(session: Session, record: Record, size: Size) -> None:
     """Peaks of unrolling by steps and by batch, and whether the one grows with the other."""
     steps = MEMORY_STEPS[:2] if size.quick else MEMORY_STEPS
-    batches = MEMORY_BATCHES[:2] if size.quick else MEMORY_BATCHES
+    batches = MEMORY_BATCHES[:1] if size.quick else MEMORY_BATCHES
     methods: list[tuple[str, str, dict[str, str]]] = []
     if OURS in session.workers:
-        methods += [(OURS, mode, {"mode": mode}) for mode in ("recompute", "checkpoint", "graph")]
+        methods += [(OURS, mode, {"mode": mode}) for mode in ("recompute", "checkpoint", "graph")][
+            : 1 if size.quick else None
+        ]
     peer = next((name for name in UNROLLED if name in session.workers), None)
     methods += [(peer, "", {})] if peer else []
     peaks: dict[str, dict[str, list[float | None]]] = {}

@@ -175,19 +175,22 @@ class Session:
         problem.save(path)
         return str(path)
 
-    def measure(self, tasks: Sequence[Task], repeats: int, most: float = 1e9) -> list[Measured]:
+    def measure(
+        self, tasks: Sequence[Task], repeats: int, most: float = 1e9, *, warm_up: bool = True
+    ) -> list[Measured]:
         """Open all tasks, run each once to warm up, then all in turn, ``repeats`` times.
 
         Args:
             tasks: what to do.
             repeats: rounds through all of them.
             most: seconds for the rounds; there is always one.
+            warm_up: whether to.
         """
         results = [Measured(task) for task in tasks]
         at_work = [
             (str(number), measured)
             for number, measured in enumerate(results)
-            if self._open(measured, str(number))
+            if self._open(measured, str(number), warm_up)
         ]
         spent = 0.0
         for _ in range(repeats):
@@ -252,7 +255,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, measured: Measured, key: str) -> bool:
+    def _open(self, measured: Measured, key: str, warm_up: bool = True) -> bool:
         task = measured.task
         if task.apart and task.worker not in self.workers:
             self._start(task.worker)
@@ -260,7 +263,7 @@ class Session:
             task.worker, "open", key=key, kind=task.kind, problem=task.problem,
             settings=task.settings,
         )  # fmt: skip
-        if measured.take(answer):
+        if measured.take(answer) and warm_up:
             answer = self._ask(task.worker, "run", key=key)
         return measured.take(answer)
 

@@ -38,7 +38,7 @@ def run(session: Session, record: Record, size: Size, folder: Path = MNIST) -> N
     others: dict[str, Measured] = {}
     for name in names:
         for task in _tasks(name, path, size):
-            (measured,) = session.measure([task], 1)
+            (measured,) = session.measure([task], 1, warm_up=False)
             others[name] = _better_loss(others.get(name), measured)
             if measured.extra.get("reached") and (
                 name not in best or measured.extra["until"] < best[name].extra["until"]
@@ -47,7 +47,7 @@ def run(session: Session, record: Record, size: Size, folder: Path = MNIST) -> N
     final: dict[str, list[Measured]] = {name: [] for name in best}
     for _ in range(1 if size.quick else REPEATS):
         for name, chosen in best.items():
-            final[name] += session.measure([chosen.task], 1)
+            final[name] += session.measure([chosen.task], 1, warm_up=False)
     rows: list[Row] = []
     for name in names:
         if name in best:

@@ -2,11 +2,13 @@
 
 The random state is replayed, so that every evaluation sees the same dropout masks, and put back.
 Module buffers (batch-norm statistics, spectral-norm vectors) are copies while a module runs, and
-carried from one evaluation to the next where these are the steps of a training run.
+carried from one evaluation to the next where these are the steps of a training run. A module that
+``fully_shard`` wrapped is refused: it would compute with its own parameters and not with θ.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -130,8 +132,41 @@ def isolated_buffers() -> Iterator[None]:
         _uninstall()
 
 
+@contextmanager
+def own_parameters_refused() -> Iterator[None]:
+    """Refuse modules that put their own parameters in the place of θ, also where nothing isolates.
+
+    Raises:
+        ValueError: inside, a module of ``fully_shard`` or ``FullyShardedDataParallel`` is called.
+    """
+    # There is no such module before PyTorch's is imported, and then this costs nothing.
+    if _this_thread.refusing or _fsdp() is None:
+        yield
+        return
+    _install()
+    _this_thread.refusing = True
+    try:
+        yield
+    finally:
+        _this_thread.refusing = False
+        _uninstall()
+
+
+@contextmanager
+def own_parameters_meant() -> Iterator[None]:
+    """Such modules may be called inside, by whoever has given them θ as their own parameters."""
+    outside = _this_thread.meant
+    _this_thread.meant = True
+    try:
+        yield
+    finally:
+        _this_thread.meant = outside
+
+
 class _ThreadState(threading.local):
     isolating = False
+    refusing = False
+    meant = False
     inside_a_module = False
     carried: Buffers | None = None
 
@@ -165,6 +200,8 @@ def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``module(*args, **kwargs)``; the outermost module of a call on copies of its buffers."""
     if torch.compiler.is_compiling():
         return _plain_call(module, *args, **kwargs)
+    if _this_thread.isolating or _this_thread.refusing:
+        _refuse_own_parameters(module)
     if not _this_thread.isolating or _this_thread.inside_a_module:
         return _plain_call(module, *args, **kwargs)
     carried = _this_thread.carried
@@ -198,6 +235,40 @@ def _swap_buffers(
             swapped.append((module._buffers, key, buffer))
             module._buffers[key] = copies[id(buffer)]
     return swapped
+
+
+def _refuse_own_parameters(module: nn.Module) -> None:
+    """Raise ``ValueError`` where the hooks of ``module`` would take the place of θ.
+
+    Frozen ones, such as those that make features, and all where no gradient is asked for, run as
+    long as their parameters are their own.
+    """
+    fsdp = _fsdp()
+    if fsdp is None or _this_thread.meant:
+        return
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    # What a module holds was looked at when that was called.
+    for part in [module] if _this_thread.inside_a_module else module.modules():
+        if not isinstance(part, kinds):
+            continue
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in part.parameters())
+        # What functional_call puts in their place is as a rule no Parameter.
+        replaced = not all(isinstance(p, nn.Parameter) for p in _registered(part))
+        if trained or replaced:
+            raise ValueError(
+                "objectives must not call a module of fully_shard, whose hooks compute with its "
+                "own parameters in the place of those that functional_call passes, got "
+                f"{type(part).__name__}; use hypergrad.distributed.WholeModule(module, loss)"
+            )
+
+
+def _registered(root: nn.Module) -> Iterator[Tensor]:
+    for module in root.modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+
+
+def _fsdp() -> Any:
+    return sys.modules.get("torch.distributed.fsdp")
 
 
 # Devices without a random state of their own to save.

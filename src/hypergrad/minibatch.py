@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from hypergrad.checks import check_dependence, check_number, check_objective
 from hypergrad.evaluation import Objective, evaluate, filled, gradient, leaving_no_trace
 from hypergrad.isolation import RandomState
 from hypergrad.tree import Tree
+
+if TYPE_CHECKING:
+    from hypergrad.operators.hessian import Hessian
 
 BatchObjective: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
 """``f(params, hparams, batch)``: returns a scalar tensor, as a rule the mean over the batch."""
@@ -99,6 +103,29 @@ class Averaged:
                 here.advance()
 
 
+class Shared(ABC):
+    """An objective that is the mean of those of several processes.
+
+    Where each of them has several batches it puts its own derivatives together, from what each
+    process makes batch by batch.
+    """
+
+    @property
+    @abstractmethod
+    def batch_by_batch(self) -> bool:
+        """Whether this process's part is an :class:`Averaged`; else it is differentiated as one."""
+
+    @abstractmethod
+    def hessian(self, params: Tree, hparams: Tree, part: type[Hessian]) -> Hessian:
+        """The Hessian of the mean, ``part`` being the class of that of one batch."""
+
+    @abstractmethod
+    def value_and_gradients(
+        self, params: Tree, hparams: Tree, name: str, random_state: RandomState
+    ) -> tuple[float, Tree, Tree]:
+        """See :func:`value_and_gradients`."""
+
+
 class Sampled:
     """An objective that takes the next mini-batch each time it is evaluated, round and round.
 
@@ -154,6 +181,8 @@ def value_and_gradients(
         TypeError, ValueError: ``g`` is not a finite scalar that depends on ``params``.
     """
     state = random_state or RandomState(params, hparams)
+    if isinstance(objective, Shared) and objective.batch_by_batch:
+        return objective.value_and_gradients(params, hparams, name, state)
     if not isinstance(objective, Averaged):
         return _one_batch(objective, params, hparams, state, name)
     total = 0.0

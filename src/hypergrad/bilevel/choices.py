@@ -9,8 +9,9 @@ import torch
 
 from hypergrad.bilevel.estimators import AmIGO, Estimator, Implicit, StocBiO
 from hypergrad.bilevel.levels import Levels
-from hypergrad.bilevel.procedures import Alternating, Procedure, Together, Unrolling
+from hypergrad.bilevel.procedures import Alternating, Procedure, Together
 from hypergrad.bilevel.training import Trainer
+from hypergrad.bilevel.unrolling import Unrolling
 from hypergrad.linsolve import LinearSolver
 from hypergrad.optimizers import Optimizer
 from hypergrad.optimizers import from_torch as twin_of

@@ -16,6 +16,7 @@ from hypergrad.checks import check_dependence, check_objective, check_value
 from hypergrad.distributed import DataParallel
 from hypergrad.errors import NonFiniteError
 from hypergrad.evaluation import Objective, fresh_leaves, gradient
+from hypergrad.isolation import own_parameters_refused
 from hypergrad.minibatch import Averaged, Sampled, bind
 from hypergrad.partial import inside_a_transform
 from hypergrad.tree import Tree
@@ -49,6 +50,7 @@ class Measured:
         check_objective(objective, name, "(params, hparams, batch)")
         self._objective = objective
         self._value: LoopObjective = self._own_value
+        self._group = group
         if group is not None:
             self._value = DataParallel(self._own_value, group=group)
         self._name = name
@@ -62,14 +64,23 @@ class Measured:
         """The scalar."""
         return self._value(params, hparams, batch)
 
+    def over(self, batches: list[Any]) -> Objective:
+        """The mean over some batches, as a function of θ and φ alone."""
+        if len(batches) == 1:
+            return bind(self, *batches)
+        if self._group is None:
+            return Averaged(self, batches)
+        return DataParallel(Averaged(self._own_value, batches), group=self._group)
+
     def _own_value(self, params: Tree, hparams: Tree, batch: Any) -> Any:
         if isinstance(batch, Failed):
             raise batch.error
-        if self._autocast is None:
-            value = self._objective(params, hparams, batch)
-        else:
-            with torch.autocast(self._device.type, dtype=self._autocast):
+        with own_parameters_refused():
+            if self._autocast is None:
                 value = self._objective(params, hparams, batch)
+            else:
+                with torch.autocast(self._device.type, dtype=self._autocast):
+                    value = self._objective(params, hparams, batch)
         if isinstance(value, tuple):
             value, metrics = self._split(value)
             for key, entry in metrics.items():
@@ -176,11 +187,11 @@ class Levels:
 
     def inner_objective(self, batches: list[Any] | None = None) -> Objective:
         """``f(params, hparams)``, the mean over some batches; by default the next ones."""
-        return _over(self.f, self.draw_inner() if batches is None else batches)
+        return self.f.over(self.draw_inner() if batches is None else batches)
 
     def outer_objective(self) -> Objective:
         """``g(params, hparams)`` on the next batch, or the mean over the next few."""
-        return _over(self.g, [self.outer_stream.next() for _ in range(self._outer_batches)])
+        return self.g.over([self.outer_stream.next() for _ in range(self._outer_batches)])
 
     def sampled_inner(self) -> Sampled:
         """``f`` on a fresh batch at each evaluation."""
@@ -192,10 +203,6 @@ class Levels:
             Averaged(self.f, _all_batches(self.inner_stream)),
             Averaged(self.g, _all_batches(self.outer_stream)),
         )
-
-
-def _over(objective: Measured, batches: list[Any]) -> Objective:
-    return bind(objective, *batches) if len(batches) == 1 else Averaged(objective, batches)
 
 
 def _all_batches(stream: Stream) -> Sequence[Any]:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.bilevel.estimators import Estimate, Estimator, step_size
 from hypergrad.bilevel.levels import Levels
-from hypergrad.bilevel.training import Trainer, naming
+from hypergrad.bilevel.training import Trainer
 from hypergrad.errors import NonFiniteError
-from hypergrad.implicit import hypergradient
 from hypergrad.linsolve import Status
-from hypergrad.optimizers import Optimizer, State
-from hypergrad.optimizers.base import Slot
 from hypergrad.packing import from_leaves
-from hypergrad.partial import inside_a_transform
 from hypergrad.single_loop import LoopState, SingleLoop
 from hypergrad.tree import Tree
-from hypergrad.unroll import unroll
-from hypergrad.unrolled import Unrolled
 
 
 class Procedure(ABC):
@@ -138,135 +127,6 @@ _LOST = (
     Status.NON_FINITE,
     Status.NOT_SYMMETRIC,
 )
-
-
-class Unrolling(Procedure):
-    """Train θ by a differentiable optimiser, and differentiate those steps.
-
-    Args:
-        method: how.
-        levels: the problem.
-        optimizer: makes the steps; or a function of φ that returns what does.
-    """
-
-    def __init__(
-        self, method: Unrolled, levels: Levels, optimizer: Optimizer | Callable[[Tree], Optimizer]
-    ) -> None:
-        self._method = method
-        self._levels = levels
-        self._optimizer = optimizer
-        self._initial = self._state = self._present().init(levels.params.tree)
-        self._count = 0
-
-    @property
-    def count(self) -> int:
-        """How many steps were made."""
-        return self._count
-
-    @property
-    def lr(self) -> float | None:
-        """Not one number: it may be a schedule or a tensor."""
-        return None
-
-    def train(self, steps: int) -> list[float]:
-        """The same steps, not differentiated."""
-        losses: dict[int, float] = {}
-        stream = self._levels.inner_stream
-        for k in range(steps):
-            batch = stream.next()
-            with torch.no_grad(), naming(lambda: f"inner step {self._count} ({stream})"):
-                params, self._state = unroll(
-                    self._recording(losses),
-                    self._present(),
-                    tr.detach(self._levels.params.tree),
-                    tr.detach(self._levels.hparams.tree),
-                    [(k, batch)],
-                    state=self._state,
-                    return_state=True,
-                )
-            self._levels.params.assign(params, "params")
-            self._count += 1
-        return list(losses.values())
-
-    def advance(self, steps: int) -> tuple[list[float], Estimate]:
-        """All steps as one, so that θ stays as it was if one of them fails."""
-        losses: dict[int, float] = {}
-        batches, places = [], []
-        for k in range(steps):
-            batches.append((k, self._levels.inner_stream.next()))
-            places.append(f"inner step {self._count + k} ({self._levels.inner_stream})")
-
-        def where() -> str:
-            return next((places[k] for k, loss in losses.items() if not math.isfinite(loss)), "")
-
-        with naming(where):
-            result = hypergradient(
-                self._recording(losses),
-                self._levels.outer_objective(),
-                self._levels.params.tree,
-                self._levels.hparams.tree,
-                method=replace(
-                    self._method, optimizer=self._optimizer, steps=batches, state=self._state
-                ),
-            )
-        self._levels.params.assign(result.params, "params")
-        self._state = result.state
-        self._count += steps
-        products = min(steps, self._method.truncate or steps)
-        return list(losses.values()), Estimate(
-            result.grads,
-            outer_value=result.outer_value,
-            matvecs=0 if self._method.first_order else products,
-        )
-
-    def reset(self) -> None:
-        """Start from the optimiser's first state."""
-        self._state = self._initial
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state."""
-        return {
-            "count": self._count,
-            "step": self._state.step,
-            "slots": [dict(slot) for slot in self._state.slots],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
-        self._count = state["count"]
-        leaves = self._levels.params.leaves
-        slots = zip(state["slots"], self._initial.slots, leaves, strict=True)
-        self._state = State(state["step"], tuple(_moved(*parts) for parts in slots))
-
-    def _present(self) -> Optimizer:
-        if isinstance(self._optimizer, Optimizer):
-            return self._optimizer
-        return self._optimizer(tr.detach(self._levels.hparams.tree))
-
-    def _recording(self, losses: dict[int, float]) -> Callable[..., Any]:
-        """The objective on a numbered batch, whose first value is put aside: later ones are old."""
-
-        def objective(params: Tree, hparams: Tree, numbered: tuple[int, Any]) -> Any:
-            k, batch = numbered
-            value = self._levels.f(params, hparams, batch)
-            if k not in losses and isinstance(value, Tensor) and not inside_a_transform():
-                losses[k] = value.item()
-            return value
-
-        return objective
-
-
-def _moved(slot: dict[str, Any], initial: Slot, leaf: Tensor) -> Slot:
-    """A slot from a file on the devices of those that the optimiser makes."""
-
-    def device(name: str) -> torch.device:
-        like = initial.get(name)
-        return like.device if isinstance(like, Tensor) else leaf.device
-
-    return {
-        name: value.to(device(name)) if isinstance(value, Tensor) else value
-        for name, value in slot.items()
-    }
 
 
 class Together(Trained):

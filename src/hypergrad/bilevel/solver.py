@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from hypergrad.bilevel import files, folders
 from hypergrad.bilevel.callbacks import Callback
-from hypergrad.bilevel.callbacks.checkpoint import checkpoints
 from hypergrad.bilevel.choices import InnerOptimizer, Method, check_scheduler, procedure
 from hypergrad.bilevel.history import History, Record
 from hypergrad.bilevel.interrupts import interrupts
 from hypergrad.bilevel.levels import Levels, LoopObjective, Measured
 from hypergrad.bilevel.loop import Loop, Restart
+from hypergrad.bilevel.options import check_options
 from hypergrad.bilevel.outer import OuterStep
+from hypergrad.bilevel.store import Store
 from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.training import signature
 from hypergrad.bilevel.variables import Variables
-from hypergrad.checks import check_count, check_number, check_objective
+from hypergrad.checks import check_count
 from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError, CheckpointWarning
 from hypergrad.linsolve import CG
@@ -99,6 +99,7 @@ class BilevelSolver:
         device: where it computes.
         autocast: the dtype, or ``None``.
         process_group: the group, or ``None``.
+        store: how checkpoints are written: files, or with several ranks folders.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range, or choices that do
@@ -162,28 +163,8 @@ class BilevelSolver:
             "inner_steps": inner_steps, "outer_steps": outer_steps, "restart_every": restart_every,
             "inner_batches": inner_batches, "outer_batches": outer_batches,
         }  # fmt: skip
-        for name, count in counts.items():
-            check_count(count, name)
-        if warmup_steps != 0:
-            check_count(warmup_steps, "warmup_steps")
-        for name, clip in (("clip_inner", clip_inner), ("clip_outer", clip_outer)):
-            if clip is not None:
-                check_number(clip, name, above=0.0)
-        if project is not None:
-            check_objective(project, "project", "(hparams)")
-        if restart not in (None, "initial") and not callable(restart):
-            raise ValueError(f"restart must be None, 'initial' or a function, got {restart!r}")
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}"
-            )
-        for callback in callbacks:
-            if not isinstance(callback, Callback):
-                raise TypeError(
-                    "callbacks must be instances of hg.bilevel.Callback, got "
-                    f"{type(callback).__name__}"
-                )
-
+        clips = {"clip_inner": clip_inner, "clip_outer": clip_outer}
+        check_options(counts, clips, warmup_steps, project, restart, autocast, callbacks)
         device = None if device is None else torch.device(device)
         self._params = Variables(params, "params", device)
         self._hparams = Variables(hparams, "hparams", device)
@@ -195,6 +176,7 @@ class BilevelSolver:
         self.autocast = autocast
         self.process_group = process_group
         self._ranks = None if process_group is None else ranks_of(process_group, "process_group")
+        self.store = Store(self._ranks)
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64).random_())
         else:
@@ -346,10 +328,7 @@ class BilevelSolver:
                 (type(callback).__name__, callback.state_dict()) for callback in self._callbacks
             ],
         }
-        if self._ranks is None:
-            files.write(state, Path(path))
-        else:
-            folders.write(state, Path(path), self._ranks)
+        self.store.write(state, Path(path))
 
     def load(self, path: Path | str) -> None:
         """Go back to what :meth:`save` wrote, of a solver that was built alike.
@@ -360,7 +339,7 @@ class BilevelSolver:
             FileNotFoundError: there is no such file.
             CheckpointError: it is damaged, foreign, or of another problem; nothing is changed.
         """
-        self._restore(self._read(Path(path)), Path(path))
+        self._restore(self.store.read(Path(path), self.params), Path(path))
 
     def resume(self, folder: Path | str) -> bool:
         """:meth:`load` the newest checkpoint of a folder that can be read; whether there was one.
@@ -372,12 +351,9 @@ class BilevelSolver:
             CheckpointError: the checkpoints are of another problem, or all of them are damaged.
         """
         damaged: list[tuple[Path, CheckpointError]] = []
-        found = checkpoints(Path(folder))
-        if self._ranks is not None:
-            found = self._ranks.gathered(found)[0]
-        for path in found:
+        for path in self.store.found(Path(folder)):
             try:
-                saved = self._read(path)
+                saved = self.store.read(path, self.params)
             except CheckpointError as error:
                 damaged.append((path, error))
                 continue
@@ -390,9 +366,6 @@ class BilevelSolver:
         if damaged:
             raise damaged[0][1]
         return False
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        return folders.read(path, self.params, self._ranks) if path.is_dir() else files.read(path)
 
     def _stopped(self) -> bool:
         return self.stop_reason is not None

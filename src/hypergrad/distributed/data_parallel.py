@@ -10,25 +10,25 @@ rank, and each product is communicated once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_number, check_objective
+from hypergrad.distributed.call import Call
 from hypergrad.distributed.collectives import Exchange, spread
-from hypergrad.distributed.ranks import Ranks, fingerprint, ranks_of
-from hypergrad.errors import DistributedError
+from hypergrad.distributed.ranks import ranks_of
+from hypergrad.distributed.streamed import OwnPart, SharedHessian, shared_value_and_gradients
 from hypergrad.isolation import RandomState
-from hypergrad.partial import inside_a_transform
+from hypergrad.minibatch import Averaged, Shared
+from hypergrad.operators import Hessian
 from hypergrad.tree import Tree
 
 
-class DataParallel:
+class DataParallel(Shared):
     """``f̄ = Σ_r w_r f_r / Σ_r w_r`` over the ranks of a group; an objective like any other.
 
     Each rank gives the objective on its own batches, and all ranks make the same calls of this
@@ -44,6 +44,11 @@ class DataParallel:
     own. Each evaluation compares θ, φ and the random states of the ranks by checksums, and carries
     the failures of ranks to all others. Buffers of modules, such as the statistics of batch norm,
     are each rank's own, as are those of ``torch.nn.parallel.DistributedDataParallel``.
+
+    With several batches a rank, ``DataParallel(hg.Averaged(f, batches), weight=len(batches))``: a
+    rank passes over its own batches, one in memory at a time, and a product is still communicated
+    once, with one number beside it that says whether a rank failed. The other way round,
+    ``hg.Averaged(DataParallel(f), batches)``, each batch is.
 
     Args:
         objective: ``f_r(params, hparams, ...)``, a scalar, on this rank's data.
@@ -78,11 +83,10 @@ class DataParallel:
     def __call__(self, params: Tree, hparams: Tree, *arguments: Any) -> Tensor:
         """The mean; its graph leads to this rank's ``params`` and ``hparams``."""
         theta, phi = self._copies(params), self._copies(hparams)
-        call = _Call(self.ranks, params, hparams)
+        call = Call(self.ranks, params, hparams)
         try:
-            call.weight = self._weight(*arguments) if callable(self._weight) else self._weight
-            check_number(call.weight, "weight", above=0.0)
-            with call.own_random_numbers(theta, phi):
+            call.weight = self._own_weight(*arguments)
+            with call.own_part(theta, phi):
                 value = self._objective(theta, phi, *arguments)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise TypeError(f"objective must return a scalar tensor, got {_words(value)}")
@@ -91,6 +95,32 @@ class DataParallel:
             value = torch.zeros(())
         tie = _tie(theta, phi)
         return _Mean.apply(call, value.reshape(()).to(tie.device) + tie.to(value.dtype))
+
+    @property
+    def batch_by_batch(self) -> bool:
+        """Whether the objective is an :class:`hypergrad.Averaged`."""
+        return isinstance(self._objective, Averaged)
+
+    def hessian(self, params: Tree, hparams: Tree, part: type[Hessian]) -> Hessian:
+        """Of the mean, each rank's own batches one at a time."""
+        return SharedHessian(self, self._own_part(params), params, hparams, part)
+
+    def value_and_gradients(
+        self, params: Tree, hparams: Tree, name: str, random_state: RandomState
+    ) -> tuple[float, Tree, Tree]:
+        """``f̄``, ``∂_θ f̄`` and ``∂_φ f̄``, each rank's own batches one at a time."""
+        own = self._own_part(params)
+        return shared_value_and_gradients(own, params, hparams, name, random_state)
+
+    def _own_part(self, params: Tree) -> OwnPart:
+        assert isinstance(self._objective, Averaged)
+        device = tr.leaves(params)[0].device
+        return OwnPart(self.ranks, self._objective, self._own_weight, device)
+
+    def _own_weight(self, *arguments: Any) -> float:
+        weight = self._weight(*arguments) if callable(self._weight) else self._weight
+        check_number(weight, "weight", above=0.0)
+        return weight
 
     def _copies(self, tree: Tree) -> Tree:
         leaves = tr.leaves(tree)
@@ -112,94 +142,11 @@ def _words(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-class _Call:
-    """One evaluation: its random numbers, and what the ranks tell each other beside the value.
-
-    Attributes:
-        weight: of this rank.
-        failure: why this rank has no value.
-        share: this rank's part of all weights; known after :meth:`mean`.
-    """
-
-    share: float
-
-    def __init__(self, ranks: Ranks, params: Tree, hparams: Tree) -> None:
-        self._ranks = ranks
-        self._drew = False
-        self.weight = 1.0
-        self.failure: Exception | None = None
-        self._prints: dict[str, int] = {}
-        if not inside_a_transform():
-            self._seed = _peek()
-            self._prints["their random states"] = self._seed
-            for name, tree in (("params", params), ("hparams", hparams)):
-                plain = [leaf for leaf in tr.leaves(tree) if not pl.is_distributed(leaf)]
-                self._prints[name] = fingerprint(plain)
-
-    @contextmanager
-    def own_random_numbers(self, *trees: Tree) -> Iterator[None]:
-        """Seed this rank by the state that all share, and its number; put the state back after."""
-        if inside_a_transform():
-            yield
-            return
-        with RandomState(*trees).replayed():
-            torch.manual_seed((self._seed + self._ranks.rank) % 2**63)
-            seeded = RandomState(*trees)
-            yield
-            self._drew = seeded.moved()
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks, element by element.
-
-        Raises:
-            DistributedError: see :class:`DataParallel`.
-        """
-        numbers = [digits for number in self._prints.values() for digits in _digits(number)]
-        header = [
-            self.weight, float(self.failure is not None), float(self._drew),
-            *map(float, numbers), *(float(number**2) for number in numbers),
-        ]  # fmt: skip
-        wide = value.detach().reshape(-1).double() * self.weight
-        message = torch.cat([wide, wide.new_tensor(header)])
-        sums = self._ranks.summed(message)
-        weights, failures, drew, *prints = sums[wide.numel() :].tolist()
-        if failures:
-            self._ranks.raise_failure(self.failure)
-        self._check_alike(prints[: len(numbers)], prints[len(numbers) :])
-        if drew:
-            torch.randint(2**62, ())  # so that the next evaluation has other numbers, on all ranks
-        self.share = self.weight / weights
-        return (sums[: wide.numel()] / weights).reshape(value.shape).to(value.dtype)
-
-    def _check_alike(self, sums: list[float], squares: list[float]) -> None:
-        # All are alike where the mean of the squares is the square of the mean: exact in integers.
-        size = self._ranks.size
-        alike = [size * q == s**2 for s, q in zip(sums, squares, strict=True)]
-        unlike = [name for name in self._prints if not (alike.pop(0) & alike.pop(0))]
-        if unlike:
-            raise DistributedError(
-                f"the {size} ranks must agree in {' and '.join(unlike)}, but they differ: seed all "
-                "ranks alike, start them from the same parameters, and let none step on its own"
-            )
-
-
-def _peek() -> int:
-    """A number that the random state of the CPU decides, which stays as it is."""
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return int(torch.randint(2**62, (), generator=generator))
-
-
-def _digits(number: int) -> tuple[int, int]:
-    """Of 12 bits, whose squares add up without rounding over twenty thousand ranks."""
-    return number % 4096, number // 4096 % 4096
-
-
 class _Mean(torch.autograd.Function):
     """``Σ_r w_r f_r / Σ_r w_r``."""
 
     @staticmethod
-    def forward(call: _Call, value: Tensor) -> Tensor:
+    def forward(call: Call, value: Tensor) -> Tensor:
         return call.mean(value)
 
     @staticmethod
@@ -217,7 +164,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], call: _Call, value: Tensor
+        info: Any, in_dims: tuple[Any, ...], call: Call, value: Tensor
     ) -> tuple[Tensor, int | None]:
         dim = in_dims[1]
         whole = value if dim is None else value.movedim(dim, 0)

@@ -14,6 +14,7 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_objective, check_structure
 from hypergrad.distributed.ranks import ranks_of
 from hypergrad.evaluation import fresh_leaves
+from hypergrad.isolation import own_parameters_meant
 from hypergrad.tree import Tree
 
 
@@ -26,10 +27,10 @@ class WholeModule:
     derivatives only. Hessian products come by finite differences of them, ``mode="auto"`` (with a
     warning) and ``mode="finite-difference"`` alike; ``mode="reverse"`` raises.
 
-    Do not call ``functional_call`` on such a module: its hooks put its own parameters in the place
-    of those that are passed, and the gradient of what it computes is lost. An objective of nothing
-    else raises; one that also has a penalty on ``params`` gets the gradient of the penalty alone,
-    in silence.
+    An objective that calls ``functional_call`` on such a module is refused with a ``ValueError``:
+    the hooks put the module's own parameters in the place of those that are passed, so that the
+    gradient of what it computes would be lost. In other objectives such a module may run with
+    frozen parameters of its own, such as one that makes features.
 
     Args:
         module: its parameters that require gradients are θ, by their names:
@@ -73,7 +74,7 @@ class WholeModule:
         before = {key: (p.detach().clone(), p.grad) for key, p in own.items()}
         phi = fresh_leaves(hparams)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), own_parameters_meant():
                 self._write(params)
                 for p in own.values():
                     p.grad = None

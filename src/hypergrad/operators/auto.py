@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 from hypergrad.checks import check_choice
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
 from hypergrad.evaluation import Objective
-from hypergrad.minibatch import Averaged, Sampled
+from hypergrad.minibatch import Averaged, Sampled, Shared
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
 from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
@@ -50,6 +50,8 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
         return AveragedHessian(inner, params, hparams, _MODES[mode])
     if isinstance(inner, Sampled):
         return SampledHessian(inner, params, hparams, _MODES[mode])
+    if isinstance(inner, Shared) and inner.batch_by_batch:
+        return inner.hessian(params, hparams, _MODES[mode])
     return _MODES[mode](inner, params, hparams)
 
 

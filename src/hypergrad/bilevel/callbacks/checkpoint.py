@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from hypergrad.bilevel import files
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
+from hypergrad.bilevel.store import checkpoints, step_of
 from hypergrad.checks import check_count
 from hypergrad.errors import CheckpointWarning
 
@@ -79,8 +80,7 @@ class Checkpoint(Callback):
             self._save(solver)
 
     def _save(self, solver: BilevelSolver) -> None:
-        suffix = "pt" if solver.process_group is None else "dcp"
-        path = self._folder / f"step-{solver.outer_step:08d}.{suffix}"
+        path = solver.store.path(self._folder, solver.outer_step)
         try:
             solver.save(path)
         except OSError as error:
@@ -97,15 +97,3 @@ class Checkpoint(Callback):
         if solver.is_first_rank:
             for path in paths:
                 files.remove(path)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
-    every = [*folder.glob("step-*.pt"), *folder.glob("step-*.dcp")]
-    found = [path for path in every if path.stem[len("step-") :].isdecimal()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """The outer step after which a checkpoint was written."""
-    return int(path.stem[len("step-") :])

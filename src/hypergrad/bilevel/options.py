@@ -1,0 +1,54 @@
+"""Options of the loop that are refused where they are of the wrong kind or out of their range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hypergrad.bilevel.callbacks import Callback
+from hypergrad.checks import check_count, check_number, check_objective
+
+
+def check_options(
+    counts: Mapping[str, Any],
+    clips: Mapping[str, Any],
+    warmup_steps: Any,
+    project: Any,
+    restart: Any,
+    autocast: Any,
+    callbacks: Sequence[Any],
+) -> None:
+    """Raise unless each is what :class:`hypergrad.BilevelSolver` says.
+
+    Args:
+        counts: integers from 1 by their names.
+        clips: numbers above 0, or ``None``, likewise.
+        warmup_steps: see there, as are the others.
+        project: see there.
+        restart: see there.
+        autocast: see there.
+        callbacks: see there.
+
+    Raises:
+        TypeError, ValueError: one is not.
+    """
+    for name, count in counts.items():
+        check_count(count, name)
+    if warmup_steps != 0:
+        check_count(warmup_steps, "warmup_steps")
+    for name, clip in clips.items():
+        if clip is not None:
+            check_number(clip, name, above=0.0)
+    if project is not None:
+        check_objective(project, "project", "(hparams)")
+    if restart not in (None, "initial") and not callable(restart):
+        raise ValueError(f"restart must be None, 'initial' or a function, got {restart!r}")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks must be instances of hg.bilevel.Callback, got {type(callback).__name__}"
+            )
