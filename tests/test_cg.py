@@ -51,6 +51,26 @@ def test_more_iterations_of_cg_are_never_worse_in_error() -> None:
     assert errors[-1] < 1e-12
 
 
+@pytest.mark.parametrize("k", [1, 20, 41])
+def test_cg_without_a_tolerance_is_k_iterations_for_k_products(k: int) -> None:
+    A, b = spd_matrix(100, 100.0, 0), rhs_for(100)
+    found = hg.CG(rtol=None, maxiter=k).solve(Matrix(A), b)
+    checked = hg.CG(rtol=0.0, maxiter=k).solve(Matrix(A), b)
+    assert torch.equal(found.x, checked.x)
+    assert found.status is Status.APPROXIMATE
+    assert found.relative_residual is None
+    # Of many iterations the true residual is looked at now and then, never after the last.
+    assert (found.iterations, found.matvecs) == (k, k + (k - 1) // 20)
+
+
+def test_cg_without_a_tolerance_still_says_what_went_wrong() -> None:
+    A = Matrix(torch.diag(torch.tensor([1.0, -1.0])))
+    solution = hg.CG(rtol=None, maxiter=5).solve(A, torch.tensor([1.0, 2.0]))
+    assert solution.status is Status.NEGATIVE_CURVATURE
+    with pytest.raises(ValueError, match="maxiter must be given with rtol=None"):
+        hg.CG(rtol=None)
+
+
 @pytest.mark.parametrize("c", [1e-6, 2.0, 1e6])
 def test_cg_is_exact_after_one_iteration_on_a_multiple_of_the_identity(c: float) -> None:
     """hypertorch and BOAT return the iterate before the last: zero here."""

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from benchmarks import large_models
+from benchmarks.blocks import written
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import data, growth, page, record, truth
 from benchmarks.peers.adapters import floor, ours
@@ -104,3 +106,11 @@ def test_the_page_is_what_its_run_wrote():
     page.main(["--check"])
     content = json.loads((record.RESULTS / "peers.json").read_text(encoding="utf-8"))
     assert set(content["versions"]) | set(content["failures"]) == set(BY_NAME)
+
+
+@pytest.mark.parametrize("row", [0, 5])
+def test_the_page_of_large_models_has_what_its_command_counts(row):
+    setting = large_models.SETTINGS[row]
+    cells = [*setting.cells, f"{large_models.peak(setting):.0f}"]
+    page_text = large_models.PAGE.read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in written(page_text, large_models.COMMAND)

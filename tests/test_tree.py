@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -79,6 +80,15 @@ def test_inner_products_of_half_precision_accumulate_in_float32() -> None:
     assert tr.dot({"a": ones}, {"a": ones}).dtype == torch.float32
     big = torch.full((10,), 1000.0, dtype=torch.float16)
     assert tr.dot(big, big).item() == 1e7  # float16 itself ends at 65504
+
+
+def test_inner_products_of_long_vectors_lose_no_digits() -> None:
+    """One pass of torch.dot over as many numbers is off by 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(10_000_019, generator=generator)
+    exact = float(x.double() @ x.double())
+    assert float(tr.dot([x], [x])) == pytest.approx(exact, rel=3e-7)
+    assert tr.norm([x]) == pytest.approx(math.sqrt(exact), rel=3e-7)
 
 
 def test_norms_do_not_underflow_or_overflow() -> None:

@@ -32,8 +32,8 @@ class CG(LinearSolver):
     Stops when ``‖b − A x‖ ≤ max(rtol ‖b‖, atol)`` holds for the true residual.
 
     Args:
-        rtol: relative tolerance. ``None`` does ``maxiter`` iterations for as many products, with no
-            product more to see how far they came: an answer that is approximate by design.
+        rtol: relative tolerance. ``None`` does ``maxiter`` iterations and spends no product to see
+            how far they came: an answer that is approximate by design.
         atol: absolute tolerance, in the units of b.
         maxiter: the most iterations; ``None`` is 10 n, as in SciPy. Each costs one product, so set
             it for large models.
