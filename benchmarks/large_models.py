@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad as hg
 from benchmarks.blocks import ROOT, fill, table
+from hypergrad.operators import Mode
 
 COMMAND = "python -m benchmarks.large_models"
 PAGE = ROOT / "docs" / "how_to" / "large_models.md"
@@ -73,7 +74,7 @@ class Setting:
     """
 
     title: str
-    mode: str | None
+    mode: Mode | None
     batches: int = 1
     keep_graphs: bool = False
     checkpointed: bool = False
@@ -146,7 +147,7 @@ def peak(
             solver = hg.CG(rtol=None, maxiter=PRODUCTS)
             hg.hypergradient(
                 f, lambda w, h: outer(w, h, (X[:size], y[:size])), params, hparams,
-                solver=solver, damping=1.0, mode=setting.mode, on_failure="ignore",  # type: ignore[arg-type]
+                solver=solver, damping=1.0, mode=setting.mode, on_failure="ignore",
             )  # fmt: skip
     return live.peak / 2**20
 

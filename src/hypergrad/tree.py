@@ -24,7 +24,9 @@ Tree: TypeAlias = Any
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """The tensors of ``tree``, in the order of its structure."""
+    """The tensors of ``tree``, in the order of its structure; a bare list of them as it is."""
+    if type(tree) is list and set(map(type, tree)) == {Tensor}:
+        return tree
     return optree.tree_leaves(tree)
 
 

@@ -259,7 +259,7 @@ def apply_preconditioner(
     if precondition is None:
         return r, norm**2
     z = precondition(r)
-    (rz,) = tr.to_floats(tr.dot(r, z))
+    rz = tr.dot(r, z).item()
     if rz <= 0.0 < norm:
         raise ValueError(
             "preconditioner must be positive definite, got ⟨r, M r⟩ = "
