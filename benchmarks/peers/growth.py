@@ -71,7 +71,7 @@ def _steps(steps: int) -> dict[str, Any]:
     return {"optimizer": "sgd", "steps": steps, "lr": 0.1}
 
 
-IMPLICIT = ("torchopt", "boat", "betty")
+IMPLICIT = ("torchopt", "boat")  # those whose conjugate gradient is right
 UNROLLED = ("torchopt", "higher", "boat")
 SWEEPS = (
     Sweep(

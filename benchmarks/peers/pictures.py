@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.peers.environments import BY_NAME, PEERS
+from benchmarks.peers.environments import BY_NAME, OURS, PEERS
 
 COLOURS = {peer.name: f"C{number}" for number, peer in enumerate(PEERS)}
 MARKERS = {"cg": "o", "neumann": "s", "nystrom": "^", "minres": "v", "dense": "*"}
@@ -66,7 +66,11 @@ def memory_against_steps(found: dict[str, Any]) -> Figure:
                 for n, peak in zip(found["steps"], columns[str(batch)], strict=True)
                 if peak is not None
             ]
-            axes.plot(*zip(*known, strict=True), marker="o", color=f"C{number}", label=title)
+            # A peer keeps what graph mode keeps: dashed, so that both are seen.
+            style = "-" if title.startswith(BY_NAME[OURS].title) else "--"
+            axes.plot(
+                *zip(*known, strict=True), marker="o", color=f"C{number}", label=title, ls=style
+            )
         axes.set(xscale="log", yscale="log", xlabel="steps", title=f"batch {batch}")
     panels[0].set_ylabel("peak memory above idle, MiB")
     _legend(figure, panels[:1])

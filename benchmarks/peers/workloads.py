@@ -198,13 +198,15 @@ def _by(seconds: float | None, other: Measured | None) -> tuple[float | None, st
 
 
 TARGET = 1e-2
+TRIALS = 3
+"""Repeats of each budget in the grid."""
 BUDGETS = {
     "cg": (5, 10, 15, 20, 25, 30, 40, 60, 100),
     "neumann": (50, 100, 200, 400, 800),
     "nystrom": (25, 50, 100, 200, 400),
 }
 FAMILIES: dict[str, tuple[str, ...]] = {
-    OURS: ("cg", "block cg", "minres", "sketched cg", "neumann", "nystrom", "dense"),
+    OURS: ("cg", "block cg", "minres", "sketched cg", "jacobi cg", "neumann", "nystrom", "dense"),
     "v001": ("cg", "neumann", "nystrom"),
     "betty": ("cg", "neumann"),
     "torchopt": ("cg", "normal cg", "neumann"),
@@ -256,7 +258,7 @@ def to_an_error(session: Session, record: Record, size: Size) -> None:
         + "; ".join(f"{BY_NAME[n].title}: {', '.join(FAMILIES[n])}" for n in session.names)
         + ". Budgets: "
         + "; ".join(f"{k} {', '.join(map(str, v))}" for k, v in BUDGETS.items())
-        + f", block and sketched CG (rank {SKETCH}, drawn anew) and MINRES as CG; α = 1/λ_max for "
+        + f", block CG, sketched CG (rank {SKETCH}, drawn anew), CG by a diagonal of 10 products and MINRES as CG; α = 1/λ_max for "
         "Neumann, ρ = L2 for Nyström. What fails at all, or never reaches the error, is not timed.",
         rows,
     )
@@ -286,7 +288,7 @@ def _try(
             options.update(iterations=budget, rank=SKETCH)
             label = family if family == "dense" else f"{family}, {budget}"
         task = Task(name, "implicit", path, options, label)
-        (measured,) = session.measure([task], 1)
+        (measured,) = session.measure([task], 1 if size.quick else TRIALS)
         tried.append(measured)
         if measured.failure or measured.missing is not None:
             break

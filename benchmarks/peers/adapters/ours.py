@@ -43,6 +43,9 @@ def _solver(method: str, **settings: Any) -> hg.LinearSolver:
     if method == "sketched cg":
         sketch = hg.NystromPreconditioner(settings["rank"], refresh="always")
         return hg.CG(rtol=None, maxiter=iterations, preconditioner=sketch)
+    if method == "jacobi cg":
+        diagonal = hg.JacobiPreconditioner(refresh="always")
+        return hg.CG(rtol=None, maxiter=iterations, preconditioner=diagonal)
     if method == "block cg":
         return hg.BlockCG(rtol=0.0, maxiter=iterations)
     if method == "minres":
