@@ -74,7 +74,7 @@ bench: $(STAMP) ## Measure the cost of products, hypergradients and memory (ten 
 	$(BIN)/python -m benchmarks
 
 # Virtual environments in .venv-peers: the first run takes minutes more to install them.
-bench-peers: $(STAMP) ## Measure hypergrad beside each of its peers, and write docs/benchmarks.md (an hour)
+bench-peers: $(STAMP) ## Measure hypergrad beside each of its peers, and write docs/benchmarks.md (half an hour)
 	$(BIN)/python -m benchmarks.peers
 
 clean: ## Remove the virtual environment and every cache

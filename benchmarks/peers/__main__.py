@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--only", default=",".join(PARTS), help="workloads, such as a,d; all")
     parser.add_argument("--peers", default=",".join(BY_NAME), help="such as ours,higher; all")
-    parser.add_argument("--repeats", type=int, help="of what is short; 15, or 1 if quick")
+    parser.add_argument("--repeats", type=int, help="of what is short; 11, or 1 if quick")
     parser.add_argument("--install", action="store_true", help="make the environments, and end")
     parser.add_argument("--output", type=Path, help="a folder for JSON, Markdown and pictures")
     options = parser.parse_args(argv)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = _named(parser, "--peers", options.peers, list(BY_NAME))
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, not {options.repeats}")
-    repeats = options.repeats or (1 if options.quick else 15)
+    repeats = options.repeats or (1 if options.quick else 11)
 
     failures = {}
     if options.quick:

@@ -24,7 +24,7 @@ Params = dict[str, Tensor]
 L2 = 1e-3
 INNER_LR = 0.5
 """Of SGD with momentum 0.9, for every peer."""
-LIMIT = 5.0
+LIMIT = 3.0
 """Seconds after which a run ends without having reached the target."""
 
 
