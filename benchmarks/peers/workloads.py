@@ -259,7 +259,8 @@ def to_an_error(session: Session, record: Record, size: Size) -> None:
         + ". Budgets: "
         + "; ".join(f"{k} {', '.join(map(str, v))}" for k, v in BUDGETS.items())
         + f", block CG, sketched CG (rank {SKETCH}, drawn anew), CG by a "
-        "diagonal of 10 products and MINRES as CG; α = 1/λ_max for Neumann, ρ = L2 for Nyström. What fails at all, or never reaches the error, is not timed.",
+        "diagonal of 10 products and MINRES as CG; α = 1/λ_max for Neumann, ρ = L2 for "
+        "Nyström. What fails at all, or never reaches the error, is not timed.",
         rows,
     )
     record.curves["time against error"] = points
