@@ -125,7 +125,14 @@ def unrolled(session: Session, record: Record, size: Size) -> None:
         exact = truth.through_steps(plain.to(torch.float64), optimizer, steps, lr)
         path = session.file(optimizer, replace(plain, exact=exact.detach()))
         tasks = [
-            Task(name, "unrolled", path, {**mode, **_of_steps(optimizer, steps, lr)}, label, True)
+            Task(
+                name,
+                "unrolled",
+                path,
+                {**mode, **_of_steps(optimizer, steps, lr)},
+                label,
+                apart=not size.quick,
+            )
             for name in session.names
             for label, mode in _modes(name)
         ]
