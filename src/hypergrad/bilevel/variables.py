@@ -46,7 +46,7 @@ class Variables:
                     f"{type(given).__name__} with none"
                 )
         check_tree(self.tree, name)
-        self._leaves = tr.leaves(self.tree)
+        self._leaves = [*tr.leaves(self.tree)]
         for where, leaf in self.named():
             if not leaf.is_leaf:
                 raise ValueError(

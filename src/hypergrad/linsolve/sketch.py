@@ -174,7 +174,7 @@ class _Stored:
     def basis(self, test: Probes, transform: Tensor) -> Basis:
         # A bare list of leaves, itself a tree, so that each can be let go as soon as it is
         # replaced.
-        leaves = tr.leaves(self._columns)
+        leaves = [*tr.leaves(self._columns)]
         self._columns = None
         _recombine(leaves, transform.T)
         # The Gram matrix squares the condition number; one more pass makes U orthonormal to
