@@ -10,6 +10,9 @@ would write by its public interface; what is done before the function is returne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 
@@ -19,6 +22,15 @@ class NoSuchMethod(Exception):
 
 class Done(Exception):
     """A run is over: how to get out of a peer's loop from within."""
+
+
+def plain_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """PyTorch's SGD with momentum or Adam, for those peers that make it differentiable."""
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    return torch.optim.Adam(parameters, lr=lr)
 
 
 class Vector(nn.Module):

@@ -13,7 +13,7 @@ from betty.problems import ImplicitProblem, IterativeProblem
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import Done, NoSuchMethod, Vector
+from benchmarks.peers.adapters import Done, NoSuchMethod, Vector, plain_optimizer
 from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, weighted
 from benchmarks.peers.problems import Problem, penalty
 
@@ -89,12 +89,7 @@ def unrolled(problem: Problem, optimizer: str, steps: int, lr: float) -> Callabl
 
     def run() -> Tensor:
         network = problem.network()
-        if optimizer == "sgd":
-            plain: torch.optim.Optimizer = torch.optim.SGD(
-                network.parameters(), lr=lr, momentum=0.9
-            )
-        else:
-            plain = torch.optim.Adam(network.parameters(), lr=lr)
+        plain = plain_optimizer(optimizer, network.parameters(), lr)
         inner = Steps("inner", Config(unroll_steps=steps), network, plain, None, [problem.train])
         outer = _engine(problem, inner, first_order=False, steps=steps)
         outer.engine.run()

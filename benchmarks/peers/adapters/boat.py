@@ -11,7 +11,7 @@ import boat_torch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.adapters import NoSuchMethod, Vector
+from benchmarks.peers.adapters import NoSuchMethod, Vector, plain_optimizer
 from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch
 from benchmarks.peers.problems import Problem
 
@@ -36,10 +36,7 @@ def implicit(problem: Problem, method: str, **settings: Any) -> Callable[[], Ten
 def unrolled(problem: Problem, optimizer: str, steps: int, lr: float) -> Callable[[], Tensor]:
     """``["RAD"]``."""
     network = problem.network()
-    if optimizer == "sgd":
-        plain: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
-    else:
-        plain = torch.optim.Adam(network.parameters(), lr=lr)
+    plain = plain_optimizer(optimizer, network.parameters(), lr)
     return _outer_step(problem, network, plain, "RAD", steps, 1)
 
 

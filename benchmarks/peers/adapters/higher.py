@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import NoSuchMethod
+from benchmarks.peers.adapters import NoSuchMethod, plain_optimizer
 from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, weighted
 from benchmarks.peers.problems import Problem, penalty
 
@@ -20,10 +20,7 @@ DISTRIBUTION = "higher"
 def unrolled(problem: Problem, optimizer: str, steps: int, lr: float) -> Callable[[], Tensor]:
     """``innerloop_ctx`` and ``diffopt.step``."""
     network = problem.network()
-    if optimizer == "sgd":
-        plain: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
-    else:
-        plain = torch.optim.Adam(network.parameters(), lr=lr)
+    plain = plain_optimizer(optimizer, network.parameters(), lr)
     (x, y), (x_val, y_val) = problem.train, problem.validation
 
     def run() -> Tensor:

@@ -81,7 +81,7 @@ def extreme_eigenvalues(
     ends = (math.nan, math.nan, math.nan, math.nan)
     for _ in range(min(maxiter, tr.size(q))):
         w = operator.matvec(q)
-        (alpha,) = tr.to_floats(tr.dot(q, w))
+        alpha = tr.dot(q, w).item()
         tr.add_(w, q, -alpha)
         tr.add_(w, q_old, -beta)
         q_old, beta = q, tr.norm(w)

@@ -107,7 +107,7 @@ def _minres(
         y = operator.matvec(v)
         if iteration > 1:
             y = tr.add(y, r_old, -beta / beta_old)
-        (alpha,) = tr.to_floats(tr.dot(v, y))
+        alpha = tr.dot(v, y).item()
         y = tr.add(y, r, -alpha / beta)
         r_old, r = r, y
         r_norm = tr.norm(r)
