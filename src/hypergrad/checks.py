@@ -101,13 +101,12 @@ def check_structure(
             )
 
 
-def check_value(value: Any, name: str) -> None:
-    """Raise unless an objective returned a finite real scalar.
+def check_scalar(value: Any, name: str) -> None:
+    """Raise unless an objective returned a real scalar.
 
     Raises:
         TypeError: ``value`` is no tensor, or not a floating-point one.
         ValueError: ``value`` has more than one element.
-        NonFiniteError: ``value`` is infinite or NaN.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must return a scalar tensor, got {type(value).__name__}")
@@ -118,6 +117,16 @@ def check_value(value: Any, name: str) -> None:
             f"{name} must return a scalar, got shape {tuple(value.shape)}; "
             "reduce it, for example with .mean()"
         )
+
+
+def check_value(value: Any, name: str) -> None:
+    """Raise unless an objective returned a finite real scalar.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_scalar`.
+        NonFiniteError: ``value`` is infinite or NaN.
+    """
+    check_scalar(value, name)
     if not math.isfinite(value.item()):
         raise NonFiniteError(f"{name} must return a finite value, got {value.item()}")
 

@@ -39,6 +39,16 @@ class DoubleBackwardError(RuntimeError):
         self.operation = operation
 
 
+class CompilationError(RuntimeError):
+    """An objective cannot be made into a compiled program; the message says what stands in the way.
+
+    Every other mode does without.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"mode='compiled' failed for inner: {reason}")
+
+
 class DistributedError(RuntimeError):
     """A rank failed, or ranks that must agree do not; raised on all ranks, in the same words."""
 

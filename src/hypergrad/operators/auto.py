@@ -11,13 +11,14 @@ from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
 from hypergrad.evaluation import Objective
 from hypergrad.minibatch import Averaged, Sampled, Shared
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
+from hypergrad.operators.compiled import CompiledHessian
 from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.reverse import ReverseHessian
 from hypergrad.tree import Tree
 
-Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference"]
+Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference", "compiled"]
 
 
 def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto") -> Hessian:
@@ -104,4 +105,5 @@ _MODES: dict[str, type[Hessian]] = {
     "reverse": ReverseHessian,
     "forward": ForwardHessian,
     "finite-difference": FiniteDifferenceHessian,
+    "compiled": CompiledHessian,
 }

@@ -1,0 +1,163 @@
+"""Hessian products as a compiled program."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hypergrad import placement as pl
+from hypergrad import tree as tr
+from hypergrad.checks import check_dependence, check_scalar, check_value
+from hypergrad.errors import CompilationError
+from hypergrad.evaluation import Objective, filled
+from hypergrad.operators.base import one_by_one
+from hypergrad.operators.derivatives import Derivatives, differentiate
+from hypergrad.operators.hessian import Hessian, Side
+from hypergrad.tree import Tree
+
+
+class CompiledHessian(Hessian):
+    r"""``f`` is captured by ``torch.compile``, differentiated twice as a graph, and compiled.
+
+    The double backward that ``torch.compile`` lacks is taken before the compiler sees the graph. It
+    becomes one program for the value, the gradient and all that does not depend on v, and one for
+    each kind of product. They are made at their first use, in seconds to minutes, and kept for all
+    calls with the same code, shapes and dtypes. Memory: what the products share, as long as the
+    operator lives.
+
+    Raises:
+        CompilationError: ``torch.compile`` cannot take ``inner`` as one graph (``fullgraph=True``),
+            it leaves more behind than its value, or there is no compiler.
+        DoubleBackwardError: an operation of ``inner`` has no second derivative.
+        ValueError: θ or φ hold ``DTensor``\ s.
+    """
+
+    def linearise(self) -> tuple[float, Tree]:
+        params, hparams = tr.detach(self._params), tr.detach(self._hparams)
+        call = _Call(tr.leaves(params), tr.leaves(hparams))
+        if pl.any_distributed([*call.params, *call.hparams]):
+            raise ValueError(
+                "mode must not be 'compiled' for DTensors, which it is not made for; use 'reverse'"
+            )
+        with torch.inference_mode(False), torch.no_grad(), self.random_state.replayed():
+            value = call.evaluate(self._inner, params, hparams)
+        check_value(value, "inner")
+        check_dependence(call.gradient, "inner")
+        self._multiply = call.multiply
+        return value.item(), filled(call.gradient, params)
+
+    @property
+    def default_chunk_size(self) -> int:
+        return 1
+
+    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+        with torch.inference_mode(False), torch.no_grad():
+            return filled(self._multiply(tr.leaves(vector), side), self.inputs(side))
+
+    def multiply_chunk(self, block: Tree) -> Tree:
+        return one_by_one(self, block)
+
+
+class _Call:
+    """One evaluation of an objective; its program leaves here what is more than the value.
+
+    For ``torch.compile`` runs the program where the objective was to be computed, and hands on
+    nothing but the value.
+
+    Attributes:
+        gradient: in each leaf of θ, ``None`` for zero.
+        multiply: ``multiply(v, side)`` is the derivative of the gradient along v; likewise.
+    """
+
+    gradient: Sequence[Tensor | None] = ()
+    multiply: Callable[[Sequence[Tensor], Side], list[Tensor | None]]
+
+    def __init__(self, params: list[Tensor], hparams: list[Tensor]) -> None:
+        self.params = params
+        self.hparams = hparams
+
+    def evaluate(self, inner: Objective, params: Tree, hparams: Tree) -> Any:
+        """``inner(params, hparams)``, of trees of these leaves.
+
+        Raises:
+            CompilationError: ``torch.compile`` cannot take it as one graph.
+        """
+        import torch._dynamo as dynamo
+
+        outside, _this_thread.call = _this_thread.call, self
+        try:
+            with (
+                # Each objective is one more version of the one function that calls them all.
+                dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY),
+                torch.compiler.set_stance("default"),
+            ):
+                return _captured()(inner, params, hparams)
+        except dynamo.exc.TorchDynamoException as error:
+            raise CompilationError(f"torch.compile cannot take it as one graph: {error}") from error
+        finally:
+            _this_thread.call = outside
+
+
+class _ThreadState(threading.local):
+    call: _Call | None = None
+
+
+_this_thread = _ThreadState()
+_MANY = 1 << 20
+
+
+@functools.cache
+def _captured() -> Callable[[Objective, Tree, Tree], Any]:
+    return torch.compile(_evaluate, backend=_Captured, fullgraph=True, dynamic=False)
+
+
+def _evaluate(inner: Objective, params: Tree, hparams: Tree) -> Any:
+    return inner(params, hparams)
+
+
+class _Captured:
+    """What ``torch.compile`` calls in the place of the graph of an objective.
+
+    Args:
+        graph: as captured; its inputs are the leaves of θ and φ that it uses, and all else that
+            the objective holds on to.
+    """
+
+    def __init__(self, graph: fx.GraphModule, _: Sequence[Tensor]) -> None:
+        self._graph = graph
+        self._theta: list[int | None] = []
+        self._derivatives: Derivatives | None = None
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor | None]:
+        call = _this_thread.call
+        assert call is not None
+        derivatives = self._derivatives or self._differentiate(call, inputs)
+        value, *rest = derivatives.start(inputs)
+        count = len(call.params)
+        call.gradient, shared = rest[:count], rest[count:]
+
+        def multiply(vector: Sequence[Tensor], side: Side) -> list[Tensor | None]:
+            pairs = zip(vector, self._theta, strict=True)
+            used = [part.contiguous() for part, place in pairs if place is not None]
+            return derivatives.products[side]([*shared, *used])
+
+        call.multiply = multiply
+        return (value,)
+
+    def _differentiate(self, call: _Call, inputs: Sequence[Any]) -> Derivatives:
+        (results,) = self._graph.graph.output_node().args
+        if len(results) != 1:
+            raise CompilationError(
+                f"it must leave nothing behind but its value, got {len(results)} tensors"
+            )
+        check_scalar(results[0].meta["example_value"], "inner")
+        places = {id(value): place for place, value in enumerate(inputs)}
+        self._theta = [places.get(id(leaf)) for leaf in call.params]
+        phi = [places.get(id(leaf)) for leaf in call.hparams]
+        self._derivatives = differentiate(self._graph, inputs, self._theta, phi)
+        return self._derivatives

@@ -1,0 +1,47 @@
+"""A graph of tensors that is compiled when it is first run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from hypergrad.errors import CompilationError
+
+
+class Program:
+    """A function of tensors, for inputs of always the same shapes, strides and dtypes.
+
+    Args:
+        graph: gives the results that there are, in order.
+        there: for each result whether the graph gives it.
+    """
+
+    def __init__(self, graph: fx.GraphModule, there: Sequence[bool]) -> None:
+        self._graph = graph
+        self._there = there
+        self._compiled: Callable[..., Sequence[Tensor]] | None = None
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Tensor | None]:
+        """The results; ``None`` for those that the graph does not give.
+
+        Raises:
+            CompilationError: it cannot be compiled.
+        """
+        if self._compiled is None:
+            self._compiled = _compiled(self._graph, inputs)
+        found = iter(self._compiled(*inputs))
+        return [next(found) if there else None for there in self._there]
+
+
+def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
+    import torch._inductor as inductor
+
+    if not any(node.op == "call_function" for node in graph.graph.nodes):
+        return graph  # there is nothing to compile, which the compiler would refuse
+    try:
+        # The random numbers of eager functions: a mask is the same in all modes.
+        return inductor.compile(graph, list(inputs), options={"fallback_random": True})
+    except Exception as error:
+        raise CompilationError(f"the compiler failed: {error}") from error
