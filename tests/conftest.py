@@ -16,6 +16,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mode="compiled"`` runs its graphs as they are: compiling takes seconds for each.
+
+    But for the tests that are marked as being about the compiler.
+    """
+    if "compiler" not in request.keywords:
+        monkeypatch.setattr("hypergrad.operators.program._compiled", lambda graph, inputs: graph)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like MNIST's, with scikit-learn's digits: 1,200 to train on and 597 to test."""

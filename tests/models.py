@@ -133,6 +133,7 @@ class Case:
     twin: Callable[[nn.Module], nn.Module] = itself
     double_backward: bool = True
     forward_mode: bool = True
+    rebinds_buffers: bool = False  # which a captured graph cannot undo
     stops_gradients: bool = False  # differences see what no_grad hides from derivatives
 
 
@@ -147,7 +148,7 @@ CASES = {
     "embedding-bag": Case(Bag, unfused, double_backward=False, forward_mode=False),
     "tied": Case(Tied),
     "partly-unused": Case(PartlyUnused),
-    "spectral-norm": Case(spectral, forward_mode=False, stops_gradients=True),
+    "spectral-norm": Case(spectral, forward_mode=False, rebinds_buffers=True, stops_gradients=True),
 }
 
 

@@ -219,7 +219,7 @@ def test_options_out_of_range_are_refused(build: Any, error: type[Exception], wo
         build()
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward", "finite-difference"])
+@pytest.mark.parametrize("mode", ["reverse", "forward", "finite-difference", "compiled"])
 def test_every_mode_refuses_a_bad_inner_objective(mode: Any) -> None:
     for inner, words in (
         (lambda w, p: p.sum(), "inner must depend on the inner parameters"),

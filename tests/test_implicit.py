@@ -96,7 +96,13 @@ def test_every_method_in_bfloat16_is_near_itself_in_float64(solver: hg.LinearSol
 @pytest.mark.parametrize("make", SMALL, ids=name_of)
 def test_modes_agree(make: Callable[[], Problem]) -> None:
     problem = make()
-    tolerances = {"reverse": 1e-8, "forward": 1e-8, "finite-difference": 1e-5, "auto": 1e-8}
+    tolerances = {
+        "reverse": 1e-8,
+        "forward": 1e-8,
+        "finite-difference": 1e-5,
+        "auto": 1e-8,
+        "compiled": 1e-8,
+    }
     for mode, tolerance in tolerances.items():
         result = hg.hypergradient(
             problem.inner,
@@ -206,7 +212,7 @@ def test_outer_parameters_that_only_g_uses_or_nobody() -> None:
     assert torch.equal(result.grads["unused"], torch.zeros(3))
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward", "finite-difference"])
+@pytest.mark.parametrize("mode", ["reverse", "forward", "finite-difference", "compiled"])
 def test_an_inner_objective_that_ignores_the_outer_parameters(mode: hg.operators.Mode) -> None:
     w, phi = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
     result = hg.hypergradient(

@@ -50,7 +50,7 @@ def weight(batch: tuple[Tensor, Tensor]) -> float:
 
 @pytest.mark.parametrize("keep_graphs", [False, True])
 @pytest.mark.parametrize("size", [60, 20, 7])
-@pytest.mark.parametrize("mode", ["auto", "reverse", "forward", "finite-difference"])
+@pytest.mark.parametrize("mode", ["auto", "reverse", "forward", "finite-difference", "compiled"])
 def test_the_averaged_hessian_is_that_of_all_data(keep_graphs: bool, size: int, mode: Any) -> None:
     mean = hg.Averaged(inner, batches(size), weight=weight, keep_graphs=keep_graphs)
     A, B = hessian(mean, W, DECAY, mode=mode), hessian(whole, W, DECAY)

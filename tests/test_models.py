@@ -33,7 +33,7 @@ def double() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("mode", ["auto", "reverse", "forward", "finite-difference"])
+@pytest.mark.parametrize("mode", ["auto", "reverse", "forward", "finite-difference", "compiled"])
 def test_every_model_in_every_mode_agrees_with_its_twin(case: Case, mode: str) -> None:
     torch.manual_seed(0)
     model = case.make()
@@ -46,11 +46,14 @@ def test_every_model_in_every_mode_agrees_with_its_twin(case: Case, mode: str) -
             inner, outer, params, phi, solver=hg.Dense(), damping=2.0, mode=mode
         )  # fmt: skip
 
-    if mode == "reverse" and not case.double_backward:
+    if mode in ("reverse", "compiled") and not case.double_backward:
         with pytest.raises(hg.DoubleBackwardError, match="embedding_bag"):
             call(mode)
     elif mode == "forward" and not case.forward_mode:
         with pytest.raises(NotImplementedError, match="forward"):
+            call(mode)
+    elif mode == "compiled" and case.rebinds_buffers:
+        with pytest.raises(hg.CompilationError, match="leave nothing behind but its value"):
             call(mode)
     elif mode == "auto" and not case.double_backward:
         with pytest.warns(hg.DoubleBackwardWarning, match="_embedding_bag_backward") as caught:
@@ -65,11 +68,13 @@ def test_every_model_in_every_mode_agrees_with_its_twin(case: Case, mode: str) -
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("mode", ["auto", "forward", "finite-difference"])
+@pytest.mark.parametrize("mode", ["auto", "forward", "finite-difference", "compiled"])
 @pytest.mark.parametrize("solver", [hg.CG(maxiter=3), hg.Nystrom(rank=3), hg.Neumann(terms=3)])
 def test_nothing_of_the_callers_changes(case: Case, mode: Any, solver: hg.LinearSolver) -> None:
     if mode == "forward" and not case.forward_mode:
         mode = "reverse" if case.double_backward else "finite-difference"
+    if mode == "compiled" and (case.rebinds_buffers or not case.double_backward):
+        mode = "finite-difference"
     torch.manual_seed(0)
     model = case.make()
     inner, outer, _, phi = bilevel(model)

@@ -15,7 +15,13 @@ import hypergrad as hg
 from hypergrad import block as bl
 from hypergrad.operators import Damped, Hessian, Matrix, hessian
 
-TOLERANCE = {"auto": 1e-12, "reverse": 1e-12, "forward": 1e-12, "finite-difference": 1e-7}
+TOLERANCE = {
+    "auto": 1e-12,
+    "reverse": 1e-12,
+    "forward": 1e-12,
+    "finite-difference": 1e-7,
+    "compiled": 1e-12,
+}
 MODES = list(TOLERANCE)
 
 

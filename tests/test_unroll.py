@@ -263,7 +263,7 @@ def test_random_directions_are_unbiased_with_the_variance_that_is_stated() -> No
 
 
 @pytest.mark.parametrize("memory", ["recompute", "checkpoint", "forward"])
-@pytest.mark.parametrize("mode", ["reverse", "forward", "finite-difference"])
+@pytest.mark.parametrize("mode", ["reverse", "forward", "finite-difference", "compiled"])
 def test_products_may_be_computed_in_any_mode(mode: Any, memory: Any) -> None:
     loop = LOOPS[1]()
     grads = []

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.peers import growth, page, whole_run, workloads
+from benchmarks.peers import accuracy, growth, page, whole_run, workloads
 from benchmarks.peers.environments import BY_NAME, OURS, PEERS, install, ready
 from benchmarks.peers.pictures import draw
 from benchmarks.peers.record import FIGURES, RESULTS, Record
@@ -34,7 +34,7 @@ Part = Callable[[Session, Record, Size], None]
 PARTS: dict[str, tuple[Part, ...]] = {
     "a": (workloads.implicit,),
     "b": (workloads.implicit,),
-    "c": (workloads.to_an_error,),
+    "c": (accuracy.to_an_error,),
     "d": (workloads.unrolled,),
     "e": (whole_run.run,),
     "f": (growth.time, growth.memory),

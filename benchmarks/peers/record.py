@@ -130,6 +130,13 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None or b == 0.0 else a / b
 
 
+def by(seconds: float | None, other: Measured | None) -> tuple[float | None, str]:
+    """The ratio to the seconds of a peer, and its title; what a goal takes."""
+    if other is None:
+        return None, ""
+    return ratio(seconds, other.median), BY_NAME[other.task.peer].title
+
+
 def markdown(table: Table | dict[str, Any]) -> str:
     """A table as Markdown, its note below it: numbers to the right."""
     content = asdict(table) if isinstance(table, Table) else table

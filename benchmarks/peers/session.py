@@ -116,6 +116,7 @@ class Measured:
         mebibytes: the peak above the idle process.
         failure: why it has no figures, or what is wrong with them.
         missing: the peer has no such method; what it says of that.
+        first: seconds of the run to warm up.
         extra: what else the adapter said at the last repeat.
     """
 
@@ -125,6 +126,7 @@ class Measured:
     mebibytes: float | None = None
     failure: str | None = None
     missing: str | None = None
+    first: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -265,6 +267,7 @@ class Session:
         )  # fmt: skip
         if measured.take(answer) and warm_up:
             answer = self._ask(task.worker, "run", key=key)
+            measured.first = answer.get("seconds")
         return measured.take(answer)
 
     def _ask(self, worker: str, do: str, **request: Any) -> Answer:

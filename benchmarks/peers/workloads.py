@@ -1,4 +1,4 @@
-"""Workloads (a) to (d): one hypergradient, by every peer in turn.
+"""Workloads (a), (b) and (d): one hypergradient, by every peer in turn.
 
 Each takes a session and a size, and puts a table and its goals into the record.
 """
@@ -13,14 +13,16 @@ import torch
 
 from benchmarks.peers import data, truth
 from benchmarks.peers.environments import BY_NAME, FLOOR, OURS
-from benchmarks.peers.record import Goal, Record, Row, Table, fastest, ours, ratio, remark, row
+from benchmarks.peers.record import Goal, Record, Row, Table, by, fastest, ours, ratio, row
 from benchmarks.peers.session import Measured, Session, Task
 
 ITERATIONS = 20
 RHO = 0.1
 """Of every Nyström approximation in (b)."""
 STEPS = 50
-MODES = ("recompute", "graph", "checkpoint")
+PRODUCTS = {"kept graph": "auto", "compiled": "compiled"}
+"""How ours multiplies by the Hessian, and the ``mode=`` of it."""
+MEMORIES = {mode: mode for mode in ("recompute", "graph", "checkpoint")}
 OPTIMIZERS = {"sgd": ("SGD, momentum 0.9", 0.1), "adam": ("Adam", 1e-3)}
 
 
@@ -62,40 +64,47 @@ def implicit(session: Session, record: Record, size: Size) -> None:
     }
     for method, options in settings.items():
         tasks = [
-            Task(name, "implicit", path, {"method": method, **options}) for name in session.names
+            Task(name, "implicit", path, {"method": method, **options, **mode}, label)
+            for name in session.names
+            for label, mode in _modes(name, PRODUCTS)
         ]
         results = session.measure(tasks, size.repeats)
-        reference = ours(results)
+        reference = ours(results, "kept graph")
         seconds = reference.median if reference else None
         rows = [row(m, **{"time by ours": ratio(m.median, seconds)}) for m in results]
+        compiled = ours(results, "compiled")
+        notes[method] += (
+            f" The first compiled call took {compiled.first:.1f} s."
+            if compiled and compiled.first
+            else ""
+        )
         title = {"cg": "CG", "neumann": "Neumann", "nystrom": "Nyström"}[method]
         record.tables["a" if method == "cg" else f"b_{method}"] = Table(
             f"{title}, {ITERATIONS}", notes[method], rows
         )
         if method == "cg" and reference is not None:
-            _goals_of_implicit(record, results, reference)
+            _goals_of_implicit(record, results)
             _profile(session, record, "a", tasks)
 
 
-def _goals_of_implicit(record: Record, results: list[Measured], reference: Measured) -> None:
-    best = fastest(results)
-    record.goals += [
-        Goal("(a) time by the fastest peer", 0.9, *_by(reference.median, best)),
-        Goal("(a) time by hypergrad 0.0.1", 0.25, *_by(reference.median, _of(results, "v001"))),
-    ]
-    errors = {
-        m.task.peer: m.error
-        for m in results
-        if m.task.peer not in (OURS, FLOOR) and m.error is not None
-    }
-    if errors and reference.error is not None:
-        least = min(errors, key=lambda name: errors[name] or 0.0)
-        record.goals.append(
-            Goal(
-                "(a) error by the least of a peer", 1.0,
-                ratio(reference.error, errors[least]), BY_NAME[least].title,
-            )
-        )  # fmt: skip
+def _goals_of_implicit(record: Record, results: list[Measured]) -> None:
+    """Of either mode, each by itself."""
+    for label in PRODUCTS:
+        reference = ours(results, label)
+        seconds = reference.median if reference else None
+        record.goals += [
+            Goal(f"(a) {label}: time by the fastest peer", 0.9, *by(seconds, fastest(results))),
+            Goal(f"(a) {label}: time by 0.0.1", 0.25, *by(seconds, _of(results, "v001"))),
+            Goal(f"(a) {label}: error by the least of a peer", 1.0, *_by_error(reference, results)),
+        ]
+
+
+def _by_error(reference: Measured | None, results: list[Measured]) -> tuple[float | None, str]:
+    peers = [m for m in results if m.task.peer not in (OURS, FLOOR) and m.error is not None]
+    least = min(peers, key=lambda m: m.error or 0.0, default=None)
+    if least is None or reference is None:
+        return None, ""
+    return ratio(reference.error, least.error), BY_NAME[least.task.peer].title
 
 
 def _profile(session: Session, record: Record, part: str, tasks: Sequence[Task]) -> None:
@@ -134,7 +143,7 @@ def unrolled(session: Session, record: Record, size: Size) -> None:
                 apart=not size.quick,
             )
             for name in session.names
-            for label, mode in _modes(name)
+            for label, mode in _modes(name, MEMORIES)
         ]
         results = session.measure(tasks, max(3, size.repeats // 3))
         session.add_peaks(results[:1] if size.quick else results)
@@ -173,7 +182,7 @@ def unrolled(session: Session, record: Record, size: Size) -> None:
             ),
             Goal(
                 f"(d) {title}: time of graph mode by the fastest peer", 1.0,
-                *_by(seconds, fastest(results)),
+                *by(seconds, fastest(results)),
             ),
         ]  # fmt: skip
 
@@ -182,8 +191,11 @@ def _of_steps(optimizer: str, steps: int, lr: float) -> dict[str, Any]:
     return {"optimizer": optimizer, "steps": steps, "lr": lr}
 
 
-def _modes(name: str) -> list[tuple[str, dict[str, str]]]:
-    return [(mode, {"mode": mode}) for mode in MODES] if name == OURS else [("", {})]
+def _modes(name: str, modes: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """The labels and settings of a peer's tasks: one for each mode of ours."""
+    if name != OURS:
+        return [("", {})]
+    return [(label, {"mode": mode}) for label, mode in modes.items()]
 
 
 def _has_peak(measured: Measured) -> bool:
@@ -196,122 +208,3 @@ def _peak(measured: Measured | None) -> float | None:
 
 def _of(results: list[Measured], peer: str) -> Measured | None:
     return next((m for m in results if m.task.peer == peer), None)
-
-
-def _by(seconds: float | None, other: Measured | None) -> tuple[float | None, str]:
-    if other is None:
-        return None, ""
-    return ratio(seconds, other.median), BY_NAME[other.task.peer].title
-
-
-TARGET = 1e-2
-TRIALS = 3
-"""Repeats of each budget in the grid."""
-BUDGETS = {
-    "cg": (5, 10, 15, 20, 25, 30, 40, 60, 100),
-    "neumann": (50, 100, 200, 400, 800),
-    "nystrom": (25, 50, 100, 200, 400),
-}
-FAMILIES: dict[str, tuple[str, ...]] = {
-    OURS: ("cg", "block cg", "minres", "sketched cg", "jacobi cg", "neumann", "nystrom", "dense"),
-    "v001": ("cg", "neumann", "nystrom"),
-    "betty": ("cg", "neumann"),
-    "torchopt": ("cg", "normal cg", "neumann"),
-    "boat": ("cg", "neumann"),
-    "curvlinops": ("cg", "neumann"),
-    "higher": ("cg",),
-    FLOOR: ("cg", "neumann"),
-}
-"""The methods of each peer that go into its grid, with the budgets of BUDGETS."""
-SKETCH = 25
-
-
-def to_an_error(session: Session, record: Record, size: Size) -> None:
-    """(c): logistic regression to a relative error of 0.01, each peer at its best."""
-    problem = data.digits_logistic(rows=100 if size.quick else 1000)
-    facts = problem.facts or {}
-    path = session.file("logistic", problem)
-    points: dict[str, list[dict[str, Any]]] = {}
-    candidates: list[Task] = []
-    refused: list[Measured] = []
-    for name in session.names:
-        for family in FAMILIES[name]:
-            found, tried = _try(session, path, name, family, facts, size)
-            points.setdefault(name, []).extend(_point(m) for m in tried if m.median is not None)
-            candidates += found
-            refused += [m for m in tried if m.median is None][:1]
-    results = session.measure(candidates, size.repeats)
-    best: dict[str, Measured] = {}
-    for measured in results:
-        name = measured.task.peer
-        if measured.median is None:
-            continue
-        if name not in best or measured.median < (best[name].median or 0.0):
-            best[name] = measured
-    rows: list[Row] = []
-    for name in session.names:
-        if name in best:
-            cells = row(best[name], settings=best[name].task.label)
-            cells[""] = BY_NAME[name].title
-        else:
-            reason = next((remark(m) for m in refused if m.task.peer == name), "")
-            cells = {"": BY_NAME[name].title, "remark": reason or "not reached"}
-        rows.append(cells)
-    size_of = sum(tensor.numel() for tensor in problem.params.values())
-    record.tables["c"] = Table(
-        f"Logistic regression to a relative error of {TARGET:g}",
-        f"{size_of} parameters, {len(problem.train[0])} rows, one L2 of 0.001 a weight, λ_max "
-        f"{facts['largest curvature']:.2f}. The grid of each peer: "
-        + "; ".join(f"{BY_NAME[n].title}: {', '.join(FAMILIES[n])}" for n in session.names)
-        + ". Budgets: "
-        + "; ".join(f"{k} {', '.join(map(str, v))}" for k, v in BUDGETS.items())
-        + f", block CG, sketched CG (rank {SKETCH}, drawn anew), CG by a "
-        "diagonal of 10 products and MINRES as CG; α = 1/λ_max for Neumann, ρ = L2 for "
-        "Nyström. What fails at all, or never reaches the error, is not timed.",
-        rows,
-    )
-    record.curves["time against error"] = points
-    reference = best.get(OURS)
-    record.goals.append(
-        Goal(
-            "(c) time by the fastest peer that gets there", 0.5,
-            *_by(reference.median if reference else None, fastest(best.values())),
-        )
-    )  # fmt: skip
-
-
-def _try(
-    session: Session, path: str, name: str, family: str, facts: dict[str, Any], size: Size
-) -> tuple[list[Task], list[Measured]]:
-    """The cheapest budget of a family that gets there, and all that were tried."""
-    budgets = BUDGETS.get(family, BUDGETS["cg"]) if family != "dense" else (0,)
-    tried: list[Measured] = []
-    found: list[Task] = []
-    for budget in budgets[-1:] if size.quick else budgets:
-        options: dict[str, Any] = {"method": family, "alpha": 1.0 / facts["largest curvature"]}
-        if family == "nystrom":
-            options.update(rank=budget, rho=1e-3)
-            label = f"Nyström, rank {budget}"
-        else:
-            options.update(iterations=budget, rank=SKETCH)
-            label = family if family == "dense" else f"{family}, {budget}"
-        task = Task(name, "implicit", path, options, label)
-        (measured,) = session.measure([task], 1 if size.quick else TRIALS)
-        tried.append(measured)
-        if measured.failure or measured.missing is not None:
-            break
-        if measured.error is not None and measured.error <= TARGET:
-            if not found:
-                found.append(task)
-            if family not in ("cg", "minres"):
-                break  # the rest of the curve would only show that more of it costs more
-    return found, tried
-
-
-def _point(measured: Measured) -> dict[str, Any]:
-    return {
-        "settings": measured.task.label,
-        "family": measured.task.settings["method"],
-        "seconds": measured.median,
-        "error": measured.error,
-    }

@@ -12,6 +12,7 @@ from hypergrad.diagnosis import check
 from hypergrad.errors import (
     CheckpointError,
     CheckpointWarning,
+    CompilationError,
     DoubleBackwardError,
     DoubleBackwardWarning,
     HypergradWarning,
@@ -61,6 +62,7 @@ __all__ = [
     "BlockSolution",
     "CheckpointError",
     "CheckpointWarning",
+    "CompilationError",
     "Dense",
     "DoubleBackwardError",
     "DoubleBackwardWarning",

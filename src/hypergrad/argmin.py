@@ -69,7 +69,7 @@ def argmin(
         warm_start: start each solve from the last one's solution, kept in this object of yours.
         on_failure: what a failed solve does: ``"warn"``, ``"raise"`` or ``"ignore"``.
         mode: how first-order backward passes compute Hessian products, see
-            :func:`hypergrad.operators.hessian`.
+            :func:`hypergrad.operators.hessian`; not ``"compiled"``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of its range; ``fit`` returns
@@ -89,6 +89,11 @@ def argmin(
     """
     check_objective(inner, "inner", "(params, hparams, *args)")
     check_choice(mode, "mode", get_args(Mode))
+    if mode == "compiled":
+        raise ValueError(
+            "mode must not be 'compiled' for argmin, whose random state a captured graph cannot "
+            "replay; use 'auto'"
+        )
 
     def conditions(function: Condition) -> Conditions:
         return Minimum(function, solver, damping, on_failure, warm_start, mode=mode)

@@ -147,10 +147,12 @@ def gradient(value: Tensor, inputs: Tree, *, create_graph: bool = False) -> list
 
 def filled(gradients: Sequence[Tensor | None], like: Tree) -> Tree:
     """``gradients`` in the structure of ``like``, zeros for ``None``."""
-    return tr.unflatten_like(
-        like,
-        [
-            torch.zeros_like(leaf, requires_grad=False) if grad is None else grad
-            for grad, leaf in zip(gradients, tr.leaves(like), strict=True)
-        ],
-    )
+    return tr.unflatten_like(like, filled_leaves(gradients, tr.leaves(like)))
+
+
+def filled_leaves(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """``gradients`` with zeros for ``None``."""
+    return [
+        torch.zeros_like(leaf, requires_grad=False) if grad is None else grad
+        for grad, leaf in zip(gradients, like, strict=True)
+    ]

@@ -26,13 +26,17 @@ def is_distributed(value: Any) -> TypeGuard[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
+_PLAIN = {Tensor}
+
+
 def any_distributed(values: Iterable[Any]) -> bool:
     """Whether one of ``values`` is."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return False
-    kind = module.DTensor  # asked for once: every operation on vectors comes by here
-    return any(isinstance(value, kind) for value in values)
+    # By the few types there are: every operation on vectors comes by here.
+    kinds = set(map(type, values))
+    return kinds != _PLAIN and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def local(tensor: Tensor) -> Tensor:

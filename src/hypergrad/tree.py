@@ -234,7 +234,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.float(), b.float()
     if not a.is_cpu or a.dtype != b.dtype:
         return (a * b).sum()
-    a, b = a.reshape(-1), b.reshape(-1)
+    if a.ndim != 1:
+        a, b = a.reshape(-1), b.reshape(-1)
     if a.numel() <= _PIECE:
         return torch.dot(a, b)
     pairs = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
@@ -256,4 +257,5 @@ def _added(scalars: list[Tensor]) -> Tensor:
     if any(s.dtype != first.dtype or s.device != first.device for s in scalars):
         dtype = max((s.dtype for s in scalars), key=lambda d: d.itemsize)
         scalars = [s.to(device=first.device, dtype=dtype) for s in scalars]
-    return torch.stack(scalars).sum()
+    # An addition is one operation, stacking and summing are two.
+    return sum(scalars[1:], first) if len(scalars) <= 3 else torch.stack(scalars).sum()

@@ -17,14 +17,16 @@ from benchmarks.peers.problems import Problem
 DISTRIBUTION = "hypergrad"
 
 
-def implicit(problem: Problem, method: str, **settings: Any) -> Callable[[], Tensor]:
+def implicit(
+    problem: Problem, method: str, mode: hg.operators.Mode = "auto", **settings: Any
+) -> Callable[[], Tensor]:
     """``hg.hypergradient`` by a linear solver."""
     solver = _solver(method, **settings)
 
     def run() -> Tensor:
         result = hg.hypergradient(
             problem.inner, problem.outer, problem.params, problem.hparams,
-            solver=solver, on_failure="ignore",
+            solver=solver, on_failure="ignore", mode=mode,
         )  # fmt: skip
         grads: Tensor = result.grads
         return grads

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.distributed.call import Call
@@ -149,10 +150,11 @@ class SharedHessian(Hessian):
     def default_chunk_size(self) -> int:
         return self._local.default_chunk_size
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         whole = self._own.whole(vector)
         product = self._own.together(lambda: self._local.differentiate_gradient(whole, side))
-        return self._own.summed(tr.scale(product, self._share), self.inputs(side))
+        summed: list[Tensor] = self._own.summed(tr.scale(product, self._share), self.inputs(side))
+        return summed
 
     def multiply_chunk(self, block: Tree) -> Tree:
         whole = self._own.whole(block)

@@ -2,6 +2,7 @@
 
 from hypergrad.operators.auto import Mode, hessian
 from hypergrad.operators.base import LinearOperator, SymmetricOperator
+from hypergrad.operators.compiled import CompiledHessian
 from hypergrad.operators.damped import Damped, damped
 from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
@@ -13,6 +14,7 @@ from hypergrad.operators.reverse import ReverseHessian
 from hypergrad.operators.transposed import Transposed
 
 __all__ = [
+    "CompiledHessian",
     "Damped",
     "EmpiricalFisher",
     "FiniteDifferenceHessian",

@@ -6,6 +6,8 @@ import warnings
 from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias, get_args
 
+from torch import Tensor
+
 from hypergrad.checks import check_choice
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
 from hypergrad.evaluation import Objective
@@ -70,7 +72,7 @@ class AutoHessian(Hessian):
     def default_chunk_size(self) -> int:
         return self._active.default_chunk_size
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         try:
             return self._active.differentiate_gradient(vector, side)
         except DoubleBackwardError as error:

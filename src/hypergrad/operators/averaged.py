@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 
+from torch import Tensor
+
 from hypergrad import tree as tr
 from hypergrad.isolation import RandomState
 from hypergrad.minibatch import Averaged, Sampled
@@ -48,8 +50,9 @@ class AveragedHessian(Hessian):
         # One pass over the data is what a block saves, whatever the size of the model.
         return 16
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
-        return self._mean_of(lambda part: part.differentiate_gradient(vector, side))
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
+        mean: list[Tensor] = self._mean_of(lambda part: part.differentiate_gradient(vector, side))
+        return mean
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return tr.cast_like(self._mean_of(lambda part: part.matmat(block)), block)
@@ -97,7 +100,7 @@ class SampledHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 16
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         return self._next().differentiate_gradient(vector, side)
 
     def multiply_chunk(self, block: Tree) -> Tree:

@@ -14,10 +14,11 @@ from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_dependence, check_scalar, check_value
 from hypergrad.errors import CompilationError
-from hypergrad.evaluation import Objective, filled
+from hypergrad.evaluation import Objective, filled, filled_leaves
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.derivatives import Derivatives, differentiate
 from hypergrad.operators.hessian import Hessian, Side
+from hypergrad.operators.program import COMPILING
 from hypergrad.tree import Tree
 
 
@@ -55,9 +56,9 @@ class CompiledHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 1
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            return filled(self._multiply(tr.leaves(vector), side), self.inputs(side))
+            return filled_leaves(self._multiply(vector, side), self.inputs(side))
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return one_by_one(self, block)
@@ -92,8 +93,11 @@ class _Call:
         outside, _this_thread.call = _this_thread.call, self
         try:
             with (
+                COMPILING,
                 # Each objective is one more version of the one function that calls them all.
-                dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY),
+                dynamo.config.patch(
+                    recompile_limit=_MANY, accumulated_recompile_limit=_MANY, allow_rnn=True
+                ),
                 torch.compiler.set_stance("default"),
             ):
                 return _captured()(inner, params, hparams)
@@ -150,7 +154,7 @@ class _Captured:
         return (value,)
 
     def _differentiate(self, call: _Call, inputs: Sequence[Any]) -> Derivatives:
-        (results,) = self._graph.graph.output_node().args
+        results: Any = self._graph.graph.output_node().args[0]
         if len(results) != 1:
             raise CompilationError(
                 f"it must leave nothing behind but its value, got {len(results)} tensors"

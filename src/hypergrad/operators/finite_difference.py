@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from hypergrad import tree as tr
-from hypergrad.evaluation import filled, fresh_leaves, gradient, leaving_no_trace
+from hypergrad.evaluation import filled_leaves, fresh_leaves, gradient, leaving_no_trace
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.tree import Tree
@@ -30,21 +33,22 @@ class FiniteDifferenceHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 1
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         length = tr.norm(vector)
         if length == 0.0:
-            return tr.zeros_like(self.inputs(side))
+            return [torch.zeros_like(leaf) for leaf in self.inputs(side)]
         step = self._displacement / length
         ahead = self._gradient_at(step, vector, side)
         behind = self._gradient_at(-step, vector, side)
-        return tr.divide(tr.subtract(ahead, behind), 2 * step)
+        difference: list[Tensor] = tr.divide(tr.subtract(ahead, behind), 2 * step)
+        return difference
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return one_by_one(self, block)
 
-    def _gradient_at(self, step: float, vector: Tree, side: Side) -> Tree:
+    def _gradient_at(self, step: float, vector: list[Tensor], side: Side) -> list[Tensor]:
         displaced = fresh_leaves(tr.add(tr.detach(self._params), vector, step))
         value = self.inner_value(displaced)
         inputs = self.inputs(side, displaced)
         with leaving_no_trace(twice=False):
-            return filled(gradient(value, inputs), inputs)
+            return filled_leaves(gradient(value, inputs), inputs)

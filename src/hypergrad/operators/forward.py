@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from hypergrad import placement as pl
 from hypergrad import tree as tr
-from hypergrad.evaluation import filled, gradient, leaving_no_trace
+from hypergrad.evaluation import filled_leaves, gradient, leaving_no_trace
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.tree import Tree
@@ -38,9 +39,10 @@ class ForwardHessian(Hessian):
     def default_chunk_size(self) -> int:
         return 1
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         with forward_ad.dual_level(), leaving_no_trace(twice=True):
-            dual = tr.map_leaves(forward_ad.make_dual, self._params, vector)
+            pairs = map(forward_ad.make_dual, self._theta, vector)
+            dual = tr.unflatten_like(self._params, list(pairs))
             value = self.inner_value(dual, twice=True)
             grads = gradient(value, self.inputs(side, dual))
             tangents = [
@@ -48,7 +50,7 @@ class ForwardHessian(Hessian):
             ]
             # The tangent outlives its level only as a tensor of its own.
             kept = [None if tangent is None else torch.clone(tangent) for tangent in tangents]
-        return filled(kept, self.inputs(side))
+        return filled_leaves(kept, self.inputs(side))
 
     def multiply_chunk(self, block: Tree) -> Tree:
         return one_by_one(self, block)

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
+import optree
 from torch import Tensor
 
 from hypergrad import tree as tr
@@ -69,6 +70,8 @@ class Hessian(SymmetricOperator):
         self._inner = inner
         self._params = fresh_leaves(params)
         self._hparams = fresh_leaves(hparams)
+        self._theta, self._structure = optree.tree_flatten(self._params)
+        self._shapes = [leaf.shape for leaf in self._theta]
         self.random_state = random_state or RandomState(params, hparams)
         self.value, self.gradient = self.linearise()
 
@@ -85,17 +88,16 @@ class Hessian(SymmetricOperator):
         """Evaluate ``f(θ, φ)`` and ``∇_θ f``, detached; keep what the products need."""
 
     @abstractmethod
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
-        """``H v``, ``(∂_φ F)ᵀ v`` or the pair of them, for ``vector`` in the dtypes of ``params``.
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
+        """``H v``, ``(∂_φ F)ᵀ v`` or both, for the leaves of a v in the dtypes of ``params``.
 
-        The result may be in wider dtypes.
+        The leaves of the result may be in wider dtypes.
         """
 
     def matvec(self, vector: Tree) -> Tree:
-        check_structure(vector, self._params, "vector", "params")
-        narrow = tr.cast_like(vector, self._params)
-        product = self.differentiate_gradient(narrow, "inner")
-        return tr.cast_like(product, vector)
+        leaves = self._leaves_of(vector)
+        product = self.differentiate_gradient(tr.cast_like(leaves, self._theta), "inner")
+        return optree.tree_unflatten(self._structure, tr.cast_like(product, leaves))
 
     def repeated(self) -> AbstractContextManager[None]:
         """To be entered around many products: what each would set up for itself, set up once."""
@@ -106,21 +108,32 @@ class Hessian(SymmetricOperator):
 
         An outer parameter that ``inner`` does not use gets zero.
         """
-        check_structure(vector, self._params, "vector", "params")
-        narrow = tr.cast_like(vector, self._params)
-        return tr.cast_like(self.differentiate_gradient(narrow, "outer"), self._hparams)
+        narrow = tr.cast_like(self._leaves_of(vector), self._theta)
+        return self._like(self._hparams, self.differentiate_gradient(narrow, "outer"))
 
     def vjp(self, vector: Tree) -> tuple[Tree, Tree]:
         """``(H v, (∂_φ F)ᵀ v)`` for one product's time; the operator cannot be used afterwards."""
-        check_structure(vector, self._params, "vector", "params")
-        narrow = tr.cast_like(vector, self._params)
+        narrow = tr.cast_like(self._leaves_of(vector), self._theta)
         both = self.differentiate_gradient(narrow, "both")
-        return tr.cast_like(both, (self._params, self._hparams))
+        trees = self._params, self._hparams
+        return self._like(trees, both)
 
-    def inputs(self, side: Side, params: Tree | None = None) -> Tree:
-        """What to differentiate the gradient in: ``params`` (θ unless given), φ or the pair."""
-        theta = self._params if params is None else params
-        return {"inner": theta, "outer": self._hparams, "both": (theta, self._hparams)}[side]
+    def inputs(self, side: Side, params: Tree | None = None) -> list[Tensor]:
+        """The leaves to differentiate the gradient in: of θ (or other ``params``), φ or both."""
+        theta = self._theta if params is None else tr.leaves(params)
+        if side == "inner":
+            return theta
+        return tr.leaves(self._hparams) if side == "outer" else theta + tr.leaves(self._hparams)
+
+    def _leaves_of(self, vector: Tree) -> list[Tensor]:
+        """Those of a v, checked; what every product does is done fast."""
+        leaves, structure = optree.tree_flatten(vector)
+        if structure != self._structure or [leaf.shape for leaf in leaves] != self._shapes:
+            check_structure(vector, self._params, "vector", "params")
+        return leaves
+
+    def _like(self, tree: Tree, leaves: list[Tensor]) -> Tree:
+        return tr.unflatten_like(tree, tr.cast_like(leaves, tr.leaves(tree)))
 
     def inner_value(self, params: Tree, *, twice: bool = False) -> Tensor:
         """``f`` at other ``params`` of the same structure, with its graph."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from hypergrad.errors import CompilationError
+
+COMPILING = threading.RLock()
+"""Held by the thread that captures, traces or compiles: PyTorch keeps what it is at globally."""
 
 
 class Program:
@@ -30,7 +34,8 @@ class Program:
             CompilationError: it cannot be compiled.
         """
         if self._compiled is None:
-            self._compiled = _compiled(self._graph, inputs)
+            with COMPILING:
+                self._compiled = _compiled(self._graph, inputs)
         found = iter(self._compiled(*inputs))
         return [next(found) if there else None for there in self._there]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
 from hypergrad import tree as tr
-from hypergrad.evaluation import filled, leaving_no_trace, twice_differentiable
+from hypergrad.evaluation import filled_leaves, leaving_no_trace, twice_differentiable
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.kept_graph import check_differentiable, pull_back, pull_back_block
 from hypergrad.tree import Tree
@@ -37,11 +39,10 @@ class ReverseHessian(Hessian):
     def default_chunk_size(self) -> int:
         return default_chunk_size(self._params)
 
-    def differentiate_gradient(self, vector: Tree, side: Side) -> Tree:
+    def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         inputs = self.inputs(side)
-        last = side == "both"
-        grads = pull_back(self._graph, tr.leaves(inputs), tr.leaves(vector), last=last)
-        return filled(grads, inputs)
+        grads = pull_back(self._graph, inputs, vector, last=side == "both")
+        return filled_leaves(grads, inputs)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         narrow = tr.leaves(tr.cast_like(block, self._params))
