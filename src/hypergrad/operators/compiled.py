@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hypergrad import block as bl
 from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.checks import check_dependence, check_scalar, check_value
@@ -18,7 +19,9 @@ from hypergrad.evaluation import Objective, filled, filled_leaves
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.derivatives import Derivatives, differentiate
 from hypergrad.operators.hessian import Hessian, Side
+from hypergrad.operators.kept_graph import stacked_zeros
 from hypergrad.operators.program import COMPILING
+from hypergrad.operators.reverse import default_chunk_size
 from hypergrad.tree import Tree
 
 
@@ -49,19 +52,25 @@ class CompiledHessian(Hessian):
             value = call.evaluate(self._inner, params, hparams)
         check_value(value, "inner")
         check_dependence(call.gradient, "inner")
-        self._multiply = call.multiply
+        self._multiply, self._multiply_block = call.multiply, call.multiply_block
         return value.item(), filled(call.gradient, params)
 
     @property
     def default_chunk_size(self) -> int:
-        return 1
+        return default_chunk_size(self._params)
 
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             return filled_leaves(self._multiply(vector, side), self.inputs(side))
 
     def multiply_chunk(self, block: Tree) -> Tree:
-        return one_by_one(self, block)
+        if bl.width(block) == 1:
+            return one_by_one(self, block)
+        leaves = tr.leaves(block)
+        with torch.inference_mode(False), torch.no_grad():
+            products = self._multiply_block(tr.cast_like(leaves, self._theta))
+        filled_up = stacked_zeros(products, self._theta, bl.width(block))
+        return tr.unflatten_like(block, tr.cast_like(filled_up, leaves))
 
 
 class _Call:
@@ -73,10 +82,12 @@ class _Call:
     Attributes:
         gradient: in each leaf of θ, ``None`` for zero.
         multiply: ``multiply(v, side)`` is the derivative of the gradient along v; likewise.
+        multiply_block: that in θ along each v of a block.
     """
 
     gradient: Sequence[Tensor | None] = ()
     multiply: Callable[[Sequence[Tensor], Side], list[Tensor | None]]
+    multiply_block: Callable[[Sequence[Tensor]], list[Tensor | None]]
 
     def __init__(self, params: list[Tensor], hparams: list[Tensor]) -> None:
         self.params = params
@@ -145,13 +156,17 @@ class _Captured:
         count = len(call.params)
         call.gradient, shared = rest[:count], rest[count:]
 
-        def multiply(vector: Sequence[Tensor], side: Side) -> list[Tensor | None]:
-            pairs = zip(vector, self._theta, strict=True)
-            used = [part.contiguous() for part, place in pairs if place is not None]
-            return derivatives.products[side]([*shared, *used])
-
-        call.multiply = multiply
+        call.multiply = lambda vector, side: derivatives.products[side](
+            [*shared, *self._used(vector)]
+        )
+        call.multiply_block = lambda block: derivatives.products["inner"].batched(
+            shared, self._used(block)
+        )
         return (value,)
+
+    def _used(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(vector, self._theta, strict=True)
+        return [part.contiguous() for part, place in pairs if place is not None]
 
     def _differentiate(self, call: _Call, inputs: Sequence[Any]) -> Derivatives:
         results: Any = self._graph.graph.output_node().args[0]

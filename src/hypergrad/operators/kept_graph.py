@@ -75,7 +75,7 @@ def pull_back_block(
     width = len(cotangents[0])
     if width > 1 and not pl.any_distributed(inputs):
         try:
-            return _stacked_zeros(
+            return stacked_zeros(
                 pull_back(outputs, inputs, cotangents, batched=True), inputs, width
             )
         except DoubleBackwardError:
@@ -88,12 +88,13 @@ def pull_back_block(
         None if column[0] is None else bl.stack([grad for grad in column if grad is not None])
         for column in zip(*rows, strict=True)
     ]
-    return _stacked_zeros(columns, inputs, width)
+    return stacked_zeros(columns, inputs, width)
 
 
-def _stacked_zeros(
+def stacked_zeros(
     grads: Sequence[Tensor | None], inputs: Sequence[Tensor], width: int
 ) -> list[Tensor]:
+    """``grads``, each with a leading dimension ``width``, with zeros for ``None``."""
     return [
         bl.stack([torch.zeros_like(leaf)] * width) if grad is None else grad
         for grad, leaf in zip(grads, inputs, strict=True)

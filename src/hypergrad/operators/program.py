@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hypergrad.errors import CompilationError
 
@@ -26,6 +28,7 @@ class Program:
         self._graph = graph
         self._there = there
         self._compiled: Callable[..., Sequence[Tensor]] | None = None
+        self._batched: dict[int, Program] = {}
 
     def __call__(self, inputs: Sequence[Any]) -> list[Tensor | None]:
         """The results; ``None`` for those that the graph does not give.
@@ -38,6 +41,27 @@ class Program:
                 self._compiled = _compiled(self._graph, inputs)
         found = iter(self._compiled(*inputs))
         return [next(found) if there else None for there in self._there]
+
+    def batched(self, fixed: Sequence[Any], batch: Sequence[Tensor]) -> list[Tensor | None]:
+        """The results for every element of a batch of the last inputs, stacked.
+
+        Args:
+            fixed: the first inputs.
+            batch: the others, each with a leading dimension.
+
+        Raises:
+            CompilationError: the batch cannot be compiled.
+        """
+        width = len(batch[0])
+        if width not in self._batched:
+            each = torch.vmap(self._graph, in_dims=(*[None] * len(fixed), *[0] * len(batch)))
+            with COMPILING:
+                try:
+                    graph = make_fx(each, tracing_mode="fake")(*fixed, *batch)
+                except RuntimeError as error:
+                    raise CompilationError(f"its products cannot be batched: {error}") from error
+            self._batched[width] = Program(graph, self._there)
+        return self._batched[width]([*fixed, *batch])
 
 
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
