@@ -31,6 +31,8 @@ from benchmarks.peers import cleaning, problems
 from benchmarks.peers.adapters import NoSuchMethod
 
 Answer = dict[str, Any]
+SHORT = 0.2
+"""Seconds: what takes less is done once untimed, right before."""
 PROFILED = 5
 """Operators that a profile names."""
 LOADERS: dict[str, Callable[[str], Any]] = {"cleaning": cleaning.load}
@@ -43,6 +45,7 @@ class Bench:
     def __init__(self, name: str) -> None:
         self.adapter = importlib.import_module(f"benchmarks.peers.adapters.{name}")
         self.open_work: dict[str, tuple[Any, Callable[[], Any]]] = {}
+        self.last_seconds: dict[str, float] = {}
 
     def answer(self, request: dict[str, Any]) -> Answer:
         """Do what is asked; a failure is an answer too."""
@@ -60,6 +63,7 @@ class Bench:
         if prepare is None:
             raise NoSuchMethod
         given = LOADERS.get(kind, problems.load)(problem)
+        self.last_seconds.pop(key, None)
         self.open_work[key] = given, prepare(given, **settings)
         return {}
 
@@ -67,9 +71,12 @@ class Bench:
         """Time it once, and say how wrong the answer is."""
         problem, work = self.open_work[key]
         gc.collect()
+        # Collecting, and the peers before, have emptied the caches, which a loop finds full.
+        if self.last_seconds.get(key, SHORT) < SHORT:
+            work()
         began = time.perf_counter()
         result = work()
-        seconds = time.perf_counter() - began
+        seconds = self.last_seconds[key] = time.perf_counter() - began
         if isinstance(result, dict):
             return {"seconds": seconds, **result}
         answer: Answer = {"seconds": seconds, "error": problem.error(result)}

@@ -23,9 +23,12 @@ Tree: TypeAlias = Any
 """A nesting of containers whose leaves are tensors; the word for θ, φ and every vector."""
 
 
+_PLAIN = {Tensor}
+
+
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of ``tree``, in the order of its structure; a bare list of them as it is."""
-    if type(tree) is list and set(map(type, tree)) == {Tensor}:
+    if type(tree) is list and set(map(type, tree)) == _PLAIN:
         return tree
     return optree.tree_leaves(tree)
 
@@ -105,7 +108,10 @@ def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
 
 def add_(x: Tree, y: Tree, alpha: float = 1.0) -> None:
     """``x ← x + alpha y``, in place."""
-    torch._foreach_add_(pl.parts(leaves(x)), pl.parts(leaves(y)), alpha=alpha)
+    every, others = leaves(x), leaves(y)
+    if pl.any_distributed(every):
+        every, others = pl.parts(every), pl.parts(others)
+    torch._foreach_add_(every, others, alpha=alpha)
 
 
 def scale_(x: Tree, alpha: float) -> None:
@@ -137,13 +143,15 @@ def dot(x: Tree, y: Tree) -> Tensor:
 
     It stays on its device: collect several with :func:`to_floats` for one copy to the host.
     """
-    every = leaves(x)
-    return _total(_products(every, leaves(y)), every)
+    every, others = leaves(x), leaves(y)
+    if pl.any_distributed(every):
+        return _total(_products(pl.parts(every), pl.parts(others)), every)
+    return _added(_products(every, others))
 
 
 def pairing(x: Tree, y: Tree) -> Tensor:
     """``⟨x, y⟩`` of what is here of both: a scalar to pull y back from through the graph of x."""
-    return _added(_products(leaves(x), leaves(y)))
+    return _added(_products(pl.parts(leaves(x)), pl.parts(leaves(y))))
 
 
 # A sum of float32 squares in here has lost nothing to speak of of its small terms.
@@ -221,7 +229,7 @@ def _sum_of_squares(x: Tree, unit: float) -> float:
 
 
 def _products(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
-    return [_product(a, b) for a, b in zip(pl.parts(x), pl.parts(y), strict=True)]
+    return [_product(a, b) for a, b in zip(x, y, strict=True)]
 
 
 # Plain sums lose digits with n: in float32 at n = 1e8 torch.dot is wrong by 1e-3, a sum of pieces

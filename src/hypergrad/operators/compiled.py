@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class CompiledHessian(Hessian):
             raise ValueError(
                 "mode must not be 'compiled' for DTensors, which it is not made for; use 'reverse'"
             )
-        with torch.inference_mode(False), torch.no_grad(), self.random_state.replayed():
+        with _without_gradients(), self.random_state.replayed():
             value = call.evaluate(self._inner, params, hparams)
         check_value(value, "inner")
         check_dependence(call.gradient, "inner")
@@ -60,17 +61,33 @@ class CompiledHessian(Hessian):
         return default_chunk_size(self._params)
 
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
-        with torch.inference_mode(False), torch.no_grad():
+        with _without_gradients():
             return filled_leaves(self._multiply(vector, side), self.inputs(side))
 
     def multiply_chunk(self, block: Tree) -> Tree:
         if bl.width(block) == 1:
             return one_by_one(self, block)
         leaves = tr.leaves(block)
-        with torch.inference_mode(False), torch.no_grad():
+        with _without_gradients():
             products = self._multiply_block(tr.cast_like(leaves, self._theta))
         filled_up = stacked_zeros(products, self._theta, bl.width(block))
         return tr.unflatten_like(block, tr.cast_like(filled_up, leaves))
+
+
+def _without_gradients() -> AbstractContextManager[None]:
+    """Free where it is so already: a product is asked for again and again."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _NOTHING
+    return _no_gradients()
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Call:

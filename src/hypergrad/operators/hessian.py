@@ -71,6 +71,7 @@ class Hessian(SymmetricOperator):
         self._params = fresh_leaves(params)
         self._hparams = fresh_leaves(hparams)
         self._theta, self._structure = optree.tree_flatten(self._params)
+        self._unflatten = self._structure.unflatten
         self._shapes = [leaf.shape for leaf in self._theta]
         self.random_state = random_state or RandomState(params, hparams)
         self.value, self.gradient = self.linearise()
@@ -97,7 +98,7 @@ class Hessian(SymmetricOperator):
     def matvec(self, vector: Tree) -> Tree:
         leaves = self._leaves_of(vector)
         product = self.differentiate_gradient(tr.cast_like(leaves, self._theta), "inner")
-        return optree.tree_unflatten(self._structure, tr.cast_like(product, leaves))
+        return self._unflatten(tr.cast_like(product, leaves))
 
     def repeated(self) -> AbstractContextManager[None]:
         """To be entered around many products: what each would set up for itself, set up once."""
