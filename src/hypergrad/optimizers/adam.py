@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.optimizers.adam_direction import direction_and_moments
 from hypergrad.optimizers.base import Settings, Slot, Uniform
 from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
     check_hyperparameter,
     descent_gradient,
-    moving_average,
-    moving_square,
-    plus_quotient,
+    plus,
     present,
     root,
     times,
@@ -70,13 +69,18 @@ class Moments(Uniform):
         """``m``, ``v`` and ``θ`` after a gradient that decay was added to, or not."""
         step = slot["step"] + 1
         beta1, beta2 = settings["betas"]
-        m = moving_average(slot["exp_avg"], grad, beta1)
-        v = moving_square(slot["exp_avg_sq"], grad, beta2)
+        # Both corrections of m̂ / (√v̂ + ε) in one factor and in ε.
+        correction = (1 - beta2**step) ** 0.5
+        factor = -settings["lr"] * correction / (1 - beta1**step)
+        epsilon = settings["eps"] * correction
+        direction, m, v = direction_and_moments(
+            grad, slot["exp_avg"], slot["exp_avg_sq"], (beta1, beta2, epsilon)
+        )
         updated = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         if self.amsgrad:
             v = updated["max_exp_avg_sq"] = torch.maximum(slot["max_exp_avg_sq"], v)
-        denominator = root(v) / (1 - beta2**step) ** 0.5 + settings["eps"]
-        return plus_quotient(param, -settings["lr"] / (1 - beta1**step), m, denominator), updated
+            direction = m / (root(v) + epsilon)
+        return plus(param, factor, direction), updated
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,14 +123,14 @@ def moving_square(x: Tensor, y: Tensor, decay: float | Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """``√x``, with derivative 0 at 0.
+    """``√x`` of x ≥ 0, with derivative 0 at 0.
 
     The moments of a gradient that was always zero are zero; the infinite slope of the root there
     would turn every hypergradient into NaN, though the update is a smooth function of the gradient:
-    ``g / (|g| + ε)`` has the derivative ``1 / ε`` at 0, which this gives.
+    ``g / (|g| + ε)`` has the derivative ``1 / ε`` at 0, which this gives: the root of the smallest
+    normal number stands in for 0, which no ε that is of use can tell from it.
     """
-    zero = x == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+    return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 
 
 def _broadcast(given: torch.Size, shape: torch.Size) -> torch.Size | None:
