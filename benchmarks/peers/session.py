@@ -90,6 +90,7 @@ class Task:
         settings: of that function.
         label: what tells it from the same peer's others.
         apart: whether it has a process of its own, whose heap no other work has used.
+        busy: seconds of the same work, untimed, before each repeat.
     """
 
     peer: str
@@ -98,6 +99,7 @@ class Task:
     settings: dict[str, Any]
     label: str = ""
     apart: bool = False
+    busy: float = 0.0
 
     @property
     def worker(self) -> str:
@@ -199,7 +201,8 @@ class Session:
             if spent > most:
                 break
             for key, measured in list(at_work):
-                answer = self._ask(measured.task.worker, "run", key=key)
+                task = measured.task
+                answer = self._ask(task.worker, "run", key=key, busy=task.busy)
                 if not measured.take(answer):
                     at_work.remove((key, measured))
                     continue

@@ -130,7 +130,8 @@ class _Call:
             ):
                 return _captured()(inner, params, hparams)
         except dynamo.exc.TorchDynamoException as error:
-            raise CompilationError(f"torch.compile cannot take it as one graph: {error}") from error
+            first = str(error).splitlines()[0]
+            raise CompilationError(f"torch.compile cannot take it as one graph: {first}") from error
         finally:
             _this_thread.call = outside
 
