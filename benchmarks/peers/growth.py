@@ -169,9 +169,12 @@ def _run(
     # All sizes in turn as well: what drifts from one size to the next would bend the exponent.
     tasks = [
         Task(
-            name, sweep.kind, session.file(f"size {n}", sweep.make(n)), sweep.settings(n),
+            name,
+            sweep.kind,
+            session.file(f"size {n}", sweep.make(n)),
+            sweep.settings(n),
             busy=0.0 if size.quick else BUSY,
-        )  # fmt: skip
+        )
         for n in sizes
         for name in names
     ]
