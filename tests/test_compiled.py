@@ -199,3 +199,39 @@ def test_what_cannot_be_captured_is_told() -> None:
     with pytest.raises(hg.CompilationError, match="leave nothing behind but its value, got 2"):
         hessian(keeping, W, P, mode="compiled")
     assert products(loss)  # and it goes on
+
+
+def loop(method: Any) -> Tensor:
+    """Where φ ends."""
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    phi = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    hg.BilevelSolver(
+        lambda w, p, _: (X @ w - 1.0).square().mean() + p.exp() * w.square().sum(),
+        lambda w, p, _: (X[:6] @ w - 0.5).square().mean(),
+        w,
+        phi,
+        inner_optimizer=torch.optim.SGD([w], lr=0.05)
+        if isinstance(method, hg.bilevel.Implicit)
+        else hg.optimizers.SGD(lr=0.05),
+        outer_optimizer=torch.optim.SGD([phi], lr=0.5),
+        hypergradient=method,
+        inner_steps=4,
+        outer_steps=3,
+    ).run()
+    return phi.detach()
+
+
+def test_the_loop_takes_it_and_makes_its_programs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        nonlocal made
+        made += 1
+        return graph
+
+    monkeypatch.setattr(program, "_compiled", counting)
+    implicit = hg.bilevel.Implicit
+    torch.testing.assert_close(loop(implicit(mode="compiled")), loop(implicit(mode="auto")))
+    assert made == 3
+    with pytest.raises(ValueError, match="mode must not be 'compiled' for Unrolled inside a Bil"):
+        loop(hg.Unrolled(mode="compiled"))

@@ -7,7 +7,9 @@ What a page leaves unsaid, such as where its data come from, is in a comment tha
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,7 +32,10 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    # As a script has it: torch.compile looks for a function's globals in its module.
+    script = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    namespace: dict[str, Any] = vars(script)
     text = page.read_text(encoding="utf-8")
     for found in BLOCK.finditer(text):
         line = text.count("\n", 0, found.start()) + 1

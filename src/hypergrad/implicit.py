@@ -156,7 +156,9 @@ def hypergradient(
         ValueError: an argument is out of its range, a tree is empty or does not match, or an
             objective is not a finite scalar that depends on ``params``.
         LinearSolveError: the solve failed and ``on_failure="raise"``.
-        DoubleBackwardError: ``mode="reverse"`` and an operation has no second derivative.
+        DoubleBackwardError: ``mode="reverse"`` or ``"compiled"``, and an operation has no second
+            derivative.
+        CompilationError: ``mode="compiled"``, and ``inner`` cannot be compiled.
 
     Examples:
         Ridge regression on one number: θ* = 3 / (1 + φ), so dg/dφ = −θ* · 3 / (1 + φ)² = −9/8.

@@ -139,8 +139,9 @@ def own_parameters_refused() -> Iterator[None]:
     Raises:
         ValueError: inside, a module of ``fully_shard`` or ``FullyShardedDataParallel`` is called.
     """
-    # There is no such module before PyTorch's is imported, and then this costs nothing.
-    if _this_thread.refusing or _fsdp() is None:
+    # A capture has no use for it; and there is no such module before PyTorch's is imported, and
+    # then this costs nothing.
+    if torch.compiler.is_compiling() or _this_thread.refusing or _fsdp() is None:
         yield
         return
     _install()

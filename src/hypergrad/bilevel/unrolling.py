@@ -36,6 +36,11 @@ class Unrolling(Procedure):
     def __init__(
         self, method: Unrolled, levels: Levels, optimizer: Optimizer | Callable[[Tree], Optimizer]
     ) -> None:
+        if method.mode == "compiled":
+            raise ValueError(
+                "mode must not be 'compiled' for Unrolled inside a BilevelSolver, which would "
+                "compile each of the steps by itself; use 'auto'"
+            )
         self._method = method
         self._levels = levels
         self._optimizer = optimizer
