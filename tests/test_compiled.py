@@ -126,6 +126,17 @@ def test_what_an_objective_holds_on_to_is_seen_anew() -> None:
         agree(lambda w, p, power=power: p * w.pow(power).sum())
 
 
+def test_a_change_in_place_is_not_passed_over() -> None:
+    data = X.clone()
+    A = hessian(lambda w, p: p * (data @ w).square().sum(), W, P, mode="compiled")
+    A.matvec(W)
+    data.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        A.matvec(W)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        A.matmat(torch.stack([W, W]))
+
+
 def test_vectors_may_have_any_strides_and_wider_types() -> None:
     narrow = X.float()
 

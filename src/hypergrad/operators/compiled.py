@@ -153,6 +153,34 @@ def _evaluate(inner: Objective, params: Tree, hparams: Tree) -> Any:
     return inner(params, hparams)
 
 
+class _Shared:
+    """What all products of one operator use: also tensors of the caller's, which must not change.
+
+    Args:
+        tensors: as they are now.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._versions = self._current()
+
+    def tensors(self) -> list[Tensor]:
+        """They, as they were.
+
+        Raises:
+            RuntimeError: one was changed in place.
+        """
+        if self._current() != self._versions:
+            raise RuntimeError(
+                "inner's tensors must stay as they are while its Hessian is used, got one that was "
+                "changed in place since; make the operator anew"
+            )
+        return self._tensors
+
+    def _current(self) -> list[int]:
+        return [0 if tensor.is_inference() else tensor._version for tensor in self._tensors]
+
+
 class _Captured:
     """What ``torch.compile`` calls in the place of the graph of an objective.
 
@@ -172,13 +200,13 @@ class _Captured:
         derivatives = self._derivatives or self._differentiate(call, inputs)
         value, *rest = derivatives.start(inputs)
         count = len(call.params)
-        call.gradient, shared = rest[:count], rest[count:]
-
+        call.gradient = rest[:count]
+        shared = _Shared([tensor for tensor in rest[count:] if tensor is not None])
         call.multiply = lambda vector, side: derivatives.products[side](
-            [*shared, *self._used(vector)]
+            [*shared.tensors(), *self._used(vector)]
         )
         call.multiply_block = lambda block: derivatives.products["inner"].batched(
-            shared, self._used(block)
+            shared.tensors(), self._used(block)
         )
         return (value,)
 
