@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 from benchmarks.peers.environments import BY_NAME, OURS, PEERS
 
 COLOURS = {peer.name: f"C{number}" for number, peer in enumerate(PEERS)}
-MARKERS = {"cg": "o", "compiled cg": "D", "neumann": "s", "nystrom": "^", "minres": "v", "dense": "*"}
+MARKERS = {
+    "cg": "o",
+    "compiled cg": "D",
+    "neumann": "s",
+    "nystrom": "^",
+    "minres": "v",
+    "dense": "*",
+}
 STYLES = ("-", "--", ":", "-.")
 
 
