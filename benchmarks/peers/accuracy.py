@@ -57,6 +57,8 @@ def to_an_error(session: Session, record: Record, size: Size) -> None:
     refused: list[Measured] = []
     for name in session.names:
         for family in FAMILIES[name]:
+            if size.quick and family.startswith(COMPILED):
+                continue  # compiling is not quick
             found, tried = _try(session, path, name, family, facts, size)
             points.setdefault(name, []).extend(
                 _point(m, family) for m in tried if m.median is not None
