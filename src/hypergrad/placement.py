@@ -26,7 +26,8 @@ def is_distributed(value: Any) -> TypeGuard[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-_PLAIN = {Tensor}
+PLAIN = {Tensor}
+"""The types in a list of nothing but ordinary tensors."""
 
 
 def any_distributed(values: Iterable[Any]) -> bool:
@@ -36,7 +37,7 @@ def any_distributed(values: Iterable[Any]) -> bool:
         return False
     # By the few types there are: every operation on vectors comes by here.
     kinds = set(map(type, values))
-    return kinds != _PLAIN and any(issubclass(kind, module.DTensor) for kind in kinds)
+    return kinds != PLAIN and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -23,12 +23,9 @@ Tree: TypeAlias = Any
 """A nesting of containers whose leaves are tensors; the word for θ, φ and every vector."""
 
 
-_PLAIN = {Tensor}
-
-
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of ``tree``, in the order of its structure; a bare list of them as it is."""
-    if type(tree) is list and set(map(type, tree)) == _PLAIN:
+    if type(tree) is list and set(map(type, tree)) == pl.PLAIN:
         return tree
     return optree.tree_leaves(tree)
 

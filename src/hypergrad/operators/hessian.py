@@ -71,7 +71,6 @@ class Hessian(SymmetricOperator):
         self._params = fresh_leaves(params)
         self._hparams = fresh_leaves(hparams)
         self._theta, self._structure = optree.tree_flatten(self._params)
-        self._unflatten = self._structure.unflatten
         self._shapes = [leaf.shape for leaf in self._theta]
         self.random_state = random_state or RandomState(params, hparams)
         self.value, self.gradient = self.linearise()
@@ -98,7 +97,7 @@ class Hessian(SymmetricOperator):
     def matvec(self, vector: Tree) -> Tree:
         leaves = self._leaves_of(vector)
         product = self.differentiate_gradient(tr.cast_like(leaves, self._theta), "inner")
-        return self._unflatten(tr.cast_like(product, leaves))
+        return self._structure.unflatten(tr.cast_like(product, leaves))
 
     def repeated(self) -> AbstractContextManager[None]:
         """To be entered around many products: what each would set up for itself, set up once."""
@@ -116,8 +115,7 @@ class Hessian(SymmetricOperator):
         """``(H v, (∂_φ F)ᵀ v)`` for one product's time; the operator cannot be used afterwards."""
         narrow = tr.cast_like(self._leaves_of(vector), self._theta)
         both = self.differentiate_gradient(narrow, "both")
-        trees = self._params, self._hparams
-        return self._like(trees, both)
+        return self._like((self._params, self._hparams), both)
 
     def inputs(self, side: Side, params: Tree | None = None) -> list[Tensor]:
         """The leaves to differentiate the gradient in: of θ (or other ``params``), φ or both."""
