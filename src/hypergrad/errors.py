@@ -39,6 +39,21 @@ class DoubleBackwardError(RuntimeError):
         self.operation = operation
 
 
+class ForwardModeError(NotImplementedError):
+    """``mode="forward"`` met an operation whose derivative PyTorch lacks there, or has wrong.
+
+    Attributes:
+        operation: the operation that stands in the way, as PyTorch names it.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"{operation} has no correct derivative in PyTorch's forward mode; use mode='reverse', "
+            "or mode='finite-difference', which needs first derivatives only"
+        )
+        self.operation = operation
+
+
 class CompilationError(RuntimeError):
     """An objective cannot be made into a compiled program; the message says what stands in the way.
 

@@ -158,6 +158,7 @@ def hypergradient(
         LinearSolveError: the solve failed and ``on_failure="raise"``.
         DoubleBackwardError: ``mode="reverse"`` or ``"compiled"``, and an operation has no second
             derivative.
+        ForwardModeError: ``mode="forward"``, and an operation has no forward derivative.
         CompilationError: ``mode="compiled"``, and ``inner`` cannot be compiled.
 
     Examples:

@@ -32,7 +32,7 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
         params: θ, a tree of floating-point tensors.
         hparams: φ, likewise.
         mode: how products are computed. ``"reverse"``: over a kept graph, at once the fastest.
-            ``"forward"``: forward over reverse, nothing kept, for graphs that do not fit in memory.
+            ``"forward"``: forward over reverse, nothing kept between two products.
             ``"finite-difference"``: central differences of first gradients, for models without
             second derivatives. ``"compiled"``: over a graph that ``torch.compile`` captures once,
             the fastest of all where there are many products; its first call takes seconds.
@@ -44,6 +44,7 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
             scalar function of ``params``.
         DoubleBackwardError: ``mode="reverse"`` or ``"compiled"``, and an operation has no second
             derivative.
+        ForwardModeError: ``mode="forward"``, and an operation has no forward derivative.
         CompilationError: ``mode="compiled"``, and ``inner`` cannot be compiled.
 
     Examples:

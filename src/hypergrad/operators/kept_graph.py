@@ -151,7 +151,7 @@ def _leads_to(node: Node, inputs: Sequence[Tensor]) -> bool:
     ends = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
     return any(
         below in ends or id(getattr(below, "variable", None)) in leaves
-        for below in _reachable([node])
+        for below in reachable([node])
     )
 
 
@@ -168,10 +168,11 @@ def _missing_derivative(message: str) -> str | None:
 
 
 def _nodes(outputs: Sequence[Tensor], ends: Set[Node]) -> set[Node]:
-    return _reachable([output.grad_fn for output in outputs if output.grad_fn is not None], ends)
+    return reachable([output.grad_fn for output in outputs if output.grad_fn is not None], ends)
 
 
-def _reachable(nodes: Sequence[Node], ends: Set[Node] = frozenset()) -> set[Node]:
+def reachable(nodes: Sequence[Node], ends: Set[Node] = frozenset()) -> set[Node]:
+    """``nodes`` and all below them, but for what lies below ``ends``."""
     found: set[Node] = set()
     waiting = list(nodes)
     while waiting:
