@@ -6,20 +6,19 @@ kernels and the eager functions stand in for them.
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad import placement as pl
 from hypergrad import tree as tr
+from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.checks import check_tree, check_value
 from hypergrad.isolation import RandomState, isolated_buffers
+from hypergrad.kernels import twice_differentiable
 from hypergrad.tree import Tree
 
 Objective: TypeAlias = Callable[[Tree, Tree], Tensor]
@@ -48,7 +47,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: the objective does not return a finite scalar.
     """
-    with leaving_no_trace(twice=twice), random_state.replayed():
+    with leaving_no_trace(twice=twice), checkpoints_followed(), random_state.replayed():
         value = pl.full(objective(params, hparams))
         check_value(value, name)
         return value.reshape(())
@@ -74,7 +73,7 @@ def evaluate_outputs(
     Raises:
         TypeError, ValueError: it does not return a tree of finite floating-point tensors.
     """
-    with leaving_no_trace(twice=True), random_state.replayed():
+    with leaving_no_trace(twice=True), checkpoints_followed(), random_state.replayed():
         outputs = function(params, hparams)
         check_tree(outputs, f"the value of {name}")
         if not tr.is_finite(outputs):
@@ -86,8 +85,7 @@ def evaluate_outputs(
 def leaving_no_trace(*, twice: bool) -> Iterator[None]:
     """Gradients on and module buffers isolated.
 
-    With ``twice`` also :func:`twice_differentiable`, which graphs that recompute in their backward
-    pass (checkpointing) need there again.
+    With ``twice`` also :func:`twice_differentiable`.
     """
     with torch.inference_mode(False), torch.enable_grad(), isolated_buffers():
         if twice:
@@ -95,31 +93,6 @@ def leaving_no_trace(*, twice: bool) -> Iterator[None]:
                 yield
         else:
             yield
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Math attention, and compiled functions in eager stance; free inside another such context."""
-    if _this_thread.differentiating_twice:
-        yield
-        return
-    _this_thread.differentiating_twice = True
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-    finally:
-        _this_thread.differentiating_twice = False
-
-
-class _ThreadState(threading.local):
-    differentiating_twice = False
-
-
-_this_thread = _ThreadState()
 
 
 def fresh_leaves(tree: Tree) -> Tree:

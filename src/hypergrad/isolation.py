@@ -164,6 +164,17 @@ def own_parameters_meant() -> Iterator[None]:
         _this_thread.meant = outside
 
 
+def own_parameters_are_meant() -> bool:
+    """Whether this thread is inside :func:`own_parameters_meant`."""
+    return _this_thread.meant
+
+
+def buffer_in_use(buffer: Tensor) -> Tensor:
+    """What a module computes with: the buffer itself where it runs, else its carried value."""
+    carried = _this_thread.carried
+    return buffer if carried is None or _this_thread.inside_a_module else carried.start(buffer)
+
+
 class _ThreadState(threading.local):
     isolating = False
     refusing = False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.evaluation import filled, gradient, leaving_no_trace
 from hypergrad.operators.kept_graph import check_differentiable
 
@@ -35,7 +36,7 @@ def partial_gradient(
         return function(merged)
 
     at = [tensors[i] for i in places]
-    with leaving_no_trace(twice=True):
+    with leaving_no_trace(twice=True), checkpoints_followed():
         if inside_a_transform():
             return list(torch.func.grad(of_needed)(at))
         # A view is a tensor of its own: other ways to the tensor do not pass through it.

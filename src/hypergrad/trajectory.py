@@ -24,9 +24,9 @@ from hypergrad.evaluation import (
     fresh_leaves,
     gradient,
     leaving_no_trace,
-    twice_differentiable,
 )
 from hypergrad.isolation import Buffers, RandomState
+from hypergrad.kernels import twice_differentiable
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Hessian, Mode, hessian
 from hypergrad.optimizers import Optimizer, Settings, State

@@ -12,6 +12,7 @@ from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.bilevel.stream import Failed, Stream, to_device
 from hypergrad.bilevel.variables import Variables
+from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.checks import check_dependence, check_objective, check_value
 from hypergrad.distributed import DataParallel
 from hypergrad.errors import NonFiniteError
@@ -167,7 +168,8 @@ class Levels:
         if not all(leaf.requires_grad for leaf in self.params.leaves):
             theta = fresh_leaves(theta)
         with torch.enable_grad():
-            value = self.f(theta, tr.detach(self.hparams.tree), batch)
+            with checkpoints_followed():
+                value = self.f(theta, tr.detach(self.hparams.tree), batch)
             check_value(value, "inner")
             grads = gradient(value, theta)
         check_dependence(grads, "inner")

@@ -62,7 +62,7 @@ def differentiate(
         beginning = [values[place] for place in params]
         both = [*beginning, *(values[place] for place in hparams)]
         with leaving_no_trace(twice=True):
-            (value,) = graph(*values)
+            (value,) = _Inlined(graph).run(*values)
             grads: Sequence[Tensor | None] = [None] * len(params)
             if value.requires_grad and params:
                 grads = torch.autograd.grad(
@@ -96,6 +96,16 @@ def differentiate(
     return Derivatives(
         start, {side: _program(traced, given, found) for side, found in sides.items()}
     )
+
+
+class _Inlined(fx.Interpreter):
+    """Runs a graph and in place of a checkpoint its function: products share what it computes."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            function, *inputs = args
+            return _Inlined(function).run(*inputs)
+        return super().call_function(target, args, kwargs)
 
 
 def _depending(traced: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[fx.Node]:

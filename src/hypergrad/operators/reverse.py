@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.evaluation import filled_leaves, leaving_no_trace, twice_differentiable
+from hypergrad.evaluation import filled_leaves, leaving_no_trace
+from hypergrad.kernels import twice_differentiable
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.kept_graph import check_differentiable, pull_back, pull_back_block
 from hypergrad.tree import Tree
