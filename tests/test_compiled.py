@@ -243,3 +243,36 @@ def test_the_loop_takes_it_and_makes_its_programs_once(made: list[Any]) -> None:
     assert len(made) == 3
     with pytest.raises(ValueError, match="mode must not be 'compiled' for Unrolled inside a Bil"):
         loop(hg.Unrolled(mode="compiled"))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda W: torch.logdet(W @ W.T + 3 * torch.eye(3)),
+        lambda W: torch.linalg.solve(W + 3 * torch.eye(3), W),
+        lambda W: torch.linalg.eigvals(W + torch.diag(torch.arange(3.0))).abs(),
+        lambda W: nn.functional.embedding(torch.arange(2), W, sparse=True),
+        lambda W: torch.unique(W),
+    ],
+    ids=["logdet", "solve", "eigvals", "sparse", "unique"],
+)
+def test_whatever_the_compiler_raises_is_a_compilation_error(
+    of: Callable[[Tensor], Tensor],
+) -> None:
+    def inner(W: Tensor, p: Tensor) -> Tensor:
+        return of(W).square().sum() + p * W.square().sum()
+
+    W = torch.arange(9.0).reshape(3, 3) / 9
+    with pytest.raises(hg.CompilationError, match="mode='compiled' failed for inner: "):
+        hessian(inner, W, torch.tensor(1.0), mode="compiled")
+
+
+def test_errors_without_words_and_at_the_first_run_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(program, "_compiled", lambda graph, inputs: failing)
+    with pytest.raises(hg.CompilationError, match="compiled program failed: AssertionError"):
+        hessian(lambda w, p: (p * torch.sinh(w)).sum(), W, P, mode="compiled")

@@ -14,14 +14,14 @@ from torch import Tensor, fx
 from hypergrad import block as bl
 from hypergrad import placement as pl
 from hypergrad import tree as tr
-from hypergrad.checks import check_dependence, check_scalar, check_value
+from hypergrad.checks import check_dependence, check_value
 from hypergrad.errors import CompilationError
 from hypergrad.evaluation import Objective, filled, filled_leaves
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.derivatives import Derivatives, differentiate
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.kept_graph import stacked_zeros
-from hypergrad.operators.program import COMPILING
+from hypergrad.operators.program import COMPILING, compilation
 from hypergrad.operators.reverse import default_chunk_size
 from hypergrad.tree import Tree
 
@@ -127,11 +127,9 @@ class _Call:
                     recompile_limit=_MANY, accumulated_recompile_limit=_MANY, allow_rnn=True
                 ),
                 torch.compiler.set_stance("default"),
+                compilation("torch.compile cannot take it as one graph"),
             ):
                 return _captured()(inner, params, hparams)
-        except dynamo.exc.TorchDynamoException as error:
-            first = str(error).splitlines()[0]
-            raise CompilationError(f"torch.compile cannot take it as one graph: {first}") from error
         finally:
             _this_thread.call = outside
 
@@ -194,9 +192,16 @@ class _Captured:
         self._theta: list[int | None] = []
         self._derivatives: Derivatives | None = None
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor | None]:
+    def __call__(self, *inputs: Any) -> Any:
         call = _this_thread.call
         assert call is not None
+        results: Any = self._graph.graph.output_node().args[0]
+        if len(results) != 1:
+            raise CompilationError(
+                f"it must leave nothing behind but its value, got {len(results)} tensors"
+            )
+        if not _is_scalar(results[0].meta["example_value"]):
+            return self._graph(*inputs)  # which the caller refuses
         derivatives = self._derivatives or self._differentiate(call, inputs)
         value, *rest = derivatives.start(inputs)
         count = len(call.params)
@@ -215,14 +220,13 @@ class _Captured:
         return [part.contiguous() for part, place in pairs if place is not None]
 
     def _differentiate(self, call: _Call, inputs: Sequence[Any]) -> Derivatives:
-        results: Any = self._graph.graph.output_node().args[0]
-        if len(results) != 1:
-            raise CompilationError(
-                f"it must leave nothing behind but its value, got {len(results)} tensors"
-            )
-        check_scalar(results[0].meta["example_value"], "inner")
         places = {id(value): place for place, value in enumerate(inputs)}
         self._theta = [places.get(id(leaf)) for leaf in call.params]
         phi = [places.get(id(leaf)) for leaf in call.hparams]
-        self._derivatives = differentiate(self._graph, inputs, self._theta, phi)
+        with compilation("its second derivatives cannot be traced"):
+            self._derivatives = differentiate(self._graph, inputs, self._theta, phi)
         return self._derivatives
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1

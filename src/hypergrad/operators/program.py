@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hypergrad.errors import CompilationError
+from hypergrad.errors import CompilationError, DoubleBackwardError
 
 COMPILING = threading.RLock()
 """Held by the thread that captures, traces or compiles: PyTorch keeps what it is at globally."""
+
+
+# Not of the compiler: of the input, of the values, of the memory.
+_OF_OTHERS = (
+    CompilationError,
+    DoubleBackwardError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+    torch.OutOfMemoryError,
+)
+
+
+@contextmanager
+def compilation(failing: str) -> Iterator[None]:
+    """Raise :class:`CompilationError` for whatever PyTorch's compiler raises inside.
+
+    Its layers raise errors of every class, bare assertions among them.
+
+    Args:
+        failing: what failed then, to be followed by the reason.
+    """
+    try:
+        yield
+    except _OF_OTHERS:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CompilationError(f"{failing}: {reason}") from error
 
 
 class Program:
@@ -39,7 +67,8 @@ class Program:
         if self._compiled is None:
             with COMPILING:
                 self._compiled = _compiled(self._graph, inputs)
-        found = iter(self._compiled(*inputs))
+        with compilation("the compiled program failed"):
+            found = iter(self._compiled(*inputs))
         return [next(found) if there else None for there in self._there]
 
     def batched(self, fixed: Sequence[Any], batch: Sequence[Tensor]) -> list[Tensor | None]:
@@ -55,11 +84,8 @@ class Program:
         width = len(batch[0])
         if width not in self._batched:
             each = torch.vmap(self._graph, in_dims=(*[None] * len(fixed), *[0] * len(batch)))
-            with COMPILING:
-                try:
-                    graph = make_fx(each, tracing_mode="fake")(*fixed, *batch)
-                except RuntimeError as error:
-                    raise CompilationError(f"its products cannot be batched: {error}") from error
+            with COMPILING, compilation("its products cannot be batched"):
+                graph = make_fx(each, tracing_mode="fake")(*fixed, *batch)
             self._batched[width] = Program(graph, self._there)
         return self._batched[width]([*fixed, *batch])
 
@@ -69,8 +95,6 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Seq
 
     if not any(node.op == "call_function" for node in graph.graph.nodes):
         return graph  # there is nothing to compile, which the compiler would refuse
-    try:
+    with compilation("the compiler failed"):
         # The random numbers of eager functions: a mask is the same in all modes.
         return inductor.compile(graph, list(inputs), options={"fallback_random": True})
-    except Exception as error:
-        raise CompilationError(f"the compiler failed: {error}") from error
