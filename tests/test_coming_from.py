@@ -29,6 +29,7 @@ from hypergrad.approx_hypergrad import neumann, nystrom
 TEXT = (Path(__file__).parent.parent / "docs" / "coming_from.md").read_text(encoding="utf-8")
 PROSE = " ".join(TEXT.split())
 CLOSE = 1e-10
+D = torch.float64
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,45 @@ def test_hypergradients_of_0_0_1_today(page: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     (by_columns,) = nystrom(page["f"], page["g"], (w,), (decay,), 5, 0.1, generator=generator)
     assert relative_error(by_columns, truth) == pytest.approx(11.0, abs=1.5)
+    # hypergrad 0.0.1 from PyPI: the same call, without a generator, after torch.manual_seed(0)
+    torch.manual_seed(0)
+    is_peers(
+        nystrom(page["f"], page["g"], (w,), (decay,), 5, 0.1)[0],
+        0.8593579022841104,
+        0.3609984932665075,
+    )
+
+
+def test_the_right_gradient_looks_slower_in_the_logistic_regression_of_0_0_1() -> None:
+    """Its example by matrix algebra: 0.0.1's own conjugate gradient, and the exact one."""
+    torch.manual_seed(1)
+    truth, X = torch.randn(100), torch.randn(1000, 100)
+    y = (X @ truth + 0.1 * torch.randn(1000) > 0).double()
+    X = X.double()
+
+    def slope(w: Tensor, rows: slice) -> Tensor:
+        return X[rows].T @ (torch.sigmoid(X[rows] @ w) - y[rows]) / 500
+
+    train, validation = slice(0, 500), slice(500, 1000)
+    lengths, losses = [], []
+    for solve in (slipped_cg(5, 0.1), exact):
+        decay, velocity = torch.ones(100, dtype=D), torch.zeros(100, dtype=D)
+        for steps in (101, 100, 100):
+            w = torch.zeros(100, dtype=D)
+            for _ in range(steps):
+                w = w - 0.1 * (slope(w, train) + decay * w)
+            s = torch.sigmoid(X[train] @ w)
+            H = X[train].T @ ((s * (1 - s))[:, None] * X[train]) / 500 + decay.diag()
+            gradient = -w * solve(H, slope(w, validation))
+            loss = F.binary_cross_entropy_with_logits(X[validation] @ w, y[validation]).item()
+            lengths.append(gradient.norm().item())
+            velocity = 0.9 * velocity + gradient
+            decay = (decay - velocity).clamp(min=1e-8)
+        losses.append(loss)
+    assert "whose answer is 5.1 times too long" in PROSE
+    assert lengths[0] / lengths[3] == pytest.approx(5.1, abs=0.05)
+    assert "its outer loss is 0.5843, here 0.5881" in PROSE
+    assert losses == pytest.approx([0.5843, 0.5881], abs=5e-5)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from torch import Tensor
 
 import hypergrad as hg
 from hypergrad import utils
-from hypergrad.approx_hypergrad import conjugate_gradient, neumann, nystrom
+from hypergrad.approx_hypergrad import conjugate_gradient, implicit_grad, neumann, nystrom
+from hypergrad.utils import Params
+
+D = torch.float64
 
 
 def as_tuples() -> tuple:
@@ -70,6 +76,27 @@ def test_neumann_sums_one_term_more_than_it_says(num_iters: int) -> None:
     torch.testing.assert_close(grads, -J.T @ v)
 
 
+def test_nystrom_takes_the_columns_of_0_0_1() -> None:
+    """By Woodbury with dense matrices, at ``torch.randperm(n)[:rank]``."""
+    problem, rank, rho = ridge(), 4, 0.1
+    theta = problem.params.clone()
+    H = torch.func.hessian(problem.inner)(theta, problem.hparams)
+    J = torch.func.jacrev(torch.func.grad(problem.inner), argnums=1)(theta, problem.hparams)
+    b = torch.func.grad(problem.outer)(theta, problem.hparams)
+    torch.manual_seed(7)
+    columns = torch.randperm(len(H))[:rank]
+    C, W = H[columns], H[columns][:, columns]
+    v = b / rho - C.T @ torch.linalg.solve(W + C @ C.T / rho, C @ b) / rho**2
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    (grads,) = nystrom(*as_tuples(), rank, rho)
+    torch.testing.assert_close(grads, -J.T @ v, rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), state), "and draws nothing else"
+    generator = torch.Generator().manual_seed(7)
+    (again,) = nystrom(*as_tuples(), rank, torch.tensor(rho, dtype=D), generator=generator)
+    assert torch.equal(again, grads)
+
+
 def test_nystrom_as_on_the_home_page() -> None:
     f, g, theta, phi = as_tuples()
     assert nystrom(f, g, theta, phi, rank=5, rho=0.1)[0].shape == phi[0].shape
@@ -84,8 +111,140 @@ def test_nystrom_as_on_the_home_page() -> None:
 def test_a_failure_still_warns() -> None:
     with pytest.warns(hg.LinearSolveWarning, match="DIVERGED"):
         neumann(*as_tuples(), 50, 100.0)
-    with pytest.raises(ValueError, match="num_iters must be at least 0, got -1"):
-        neumann(*as_tuples(), -1, 1.0)
+    for method in (neumann, conjugate_gradient):
+        with pytest.raises(ValueError, match="num_iters must be at least 0, got -1"):
+            method(*as_tuples(), -1, 1.0)
+    with pytest.raises(ValueError, match="rank must be at most the number of parameters"):
+        nystrom(*as_tuples(), 11, 0.1)
+    with pytest.raises(ValueError, match="rank must be at least 1, got -1"):
+        nystrom(*as_tuples(), -1, 0.1)
+
+
+METHODS = {
+    "neumann": lambda *problem: neumann(*problem, 3, 0.05),
+    "neumann of one term": lambda *problem: neumann(*problem, 0, torch.tensor(0.05)),
+    "nystrom": lambda *problem: seeded(nystrom, *problem, 2, 0.5),
+    "cg": lambda *problem: conjugate_gradient(*problem, 20, 1.0),
+    "of your own": lambda *problem: scaled(*problem, factor=0.3),
+}
+
+
+def seeded(method: Callable[..., Params], *args: Any) -> Params:
+    torch.manual_seed(0)
+    return method(*args)
+
+
+@implicit_grad
+def scaled(inner: Any, outer: Any, theta: Params, phi: Params, factor: float) -> Any:
+    """An approximation of one's own: ``H⁻¹ ≈ factor · I``."""
+    in_grads, out_grads = torch.func.grad(outer, argnums=(0, 1))(theta, phi)
+    return tuple(factor * grad for grad in in_grads), out_grads
+
+
+def inner(w: Params, c: Params) -> Tensor:
+    return (w[0].sin() * w[1]).sum() + 3 * (c[0].exp() * w[0].square()).sum() + 2 * w[1] ** 2
+
+
+def outer(w: Params, c: Params) -> Tensor:
+    return (w[0] * c[0]).square().sum() + w[1].cos() * c[1]
+
+
+def point() -> tuple[Params, Params]:
+    theta = (torch.tensor([0.3, -0.2]), torch.tensor(0.5))
+    phi = (torch.tensor([0.1, 0.4]), torch.tensor(-1.2))
+    return tuple(t.double() for t in theta), tuple(t.double() for t in phi)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_results_carry_a_graph_where_the_parameters_require_gradients(method: Any) -> None:
+    """Exactly the derivative of the numbers: of the terms, of the columns, of the solution."""
+    theta, phi = point()
+    assert not any(grad.requires_grad for grad in method(inner, outer, theta, phi))
+    tensors = tuple(tensor.requires_grad_() for tensor in theta + phi)
+
+    def grads(*some: Tensor) -> Params:
+        return method(inner, outer, some[:2], some[2:])
+
+    with torch.no_grad():
+        plain = grads(*tensors)
+        assert not any(grad.requires_grad for grad in plain)
+    for got, expected in zip(grads(*tensors), plain, strict=True):
+        torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(grads, tensors)
+
+
+def test_an_approximation_of_your_own_by_position_and_by_name() -> None:
+    theta, phi = point()
+    H_mixed = torch.func.jacrev(torch.func.grad(inner), argnums=1)(theta, phi)
+    in_grads, out_grads = torch.func.grad(outer, argnums=(0, 1))(theta, phi)
+    expected = out_grads[0] - 0.3 * H_mixed[0][0].T @ in_grads[0]
+    by_position = scaled(inner, outer, theta, phi, factor=0.3)
+    torch.testing.assert_close(by_position[0], expected)
+    torch.testing.assert_close(by_position[1], out_grads[1])
+
+    @implicit_grad
+    def named(inner_obj: Any, outer_obj: Any, in_params: Params, out_params: Params) -> Any:
+        in_grads, out_grads = torch.func.grad(outer_obj, argnums=(0, 1))(in_params, out_params)
+        return tuple(0.3 * grad for grad in in_grads), out_grads
+
+    by_name = named(out_params=phi, in_params=theta, outer_obj=outer, inner_obj=inner)
+    assert torch.equal(by_name[0], by_position[0])
+    assert named.__name__ == "named"
+
+
+def test_without_a_graph_of_second_derivatives_there_is_none_of_the_result() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    theta, phi = point()
+    phi[0].requires_grad_()
+    with pytest.warns(hg.DoubleBackwardWarning, match="Square"):
+        grads = conjugate_gradient(
+            lambda w, c: inner(w, c) + Square.apply(w[0]).sum(), outer, theta, phi, 5
+        )
+    assert not grads[0].requires_grad
+
+
+@pytest.mark.parametrize("lr", [0, 0.0, torch.tensor(0.0)])
+def test_no_step_leaves_the_direct_gradient(lr: Any) -> None:
+    theta, phi = point()
+    direct = torch.func.grad(outer, argnums=1)(theta, phi)
+    for grads in (
+        neumann(inner, outer, theta, phi, 5, lr),
+        conjugate_gradient(inner, outer, theta, phi, 0, 1.0),
+    ):
+        assert all(torch.equal(grad, b) for grad, b in zip(grads, direct, strict=True))
+    # Conjugate gradient finds its own step, whatever it is told.
+    told = conjugate_gradient(inner, outer, theta, phi, 5, lr)
+    assert torch.equal(told[0], conjugate_gradient(inner, outer, theta, phi, 5)[0])
+
+
+@pytest.mark.parametrize("name", ["neumann", "nystrom", "cg"])
+def test_an_outer_objective_of_the_outer_parameters_alone_has_its_own_gradient(name: str) -> None:
+    theta, phi = point()
+    grads = METHODS[name](inner, lambda w, c: c[0].pow(3).sum() - 2 * c[1], theta, phi)
+    torch.testing.assert_close(grads[0], 3 * phi[0].square())
+    torch.testing.assert_close(grads[1], torch.tensor(-2.0).double())
+    grads = METHODS[name](inner, lambda w, c: torch.ones(()).double(), theta, phi)
+    assert torch.equal(torch.cat([grad.reshape(-1) for grad in grads]), torch.zeros(3).double())
+
+
+def test_a_tensor_as_the_step_is_its_number() -> None:
+    as_number = neumann(*as_tuples(), 5, 0.25)
+    as_tensor = neumann(*as_tuples(), 5, torch.tensor(0.25, requires_grad=True))
+    assert torch.equal(as_number[0], as_tensor[0])
+
+
+def test_the_version_is_where_0_0_1_has_it() -> None:
+    assert importlib.import_module("hypergrad.__about__").__version__ == hg.__version__
 
 
 @pytest.mark.parametrize("rev_only", [False, True])
@@ -102,16 +261,37 @@ def test_hvp(rev_only: bool) -> None:
     torch.testing.assert_close(product[1], (3 * primal[0] ** 2 * tangent[0]).sum())
 
 
-def test_foreach_and_vector_to_params() -> None:
+def test_foreach() -> None:
     p1, p2 = (torch.ones(2), torch.zeros(1)), (torch.ones(2), torch.ones(1))
     summed = utils.foreach(p1, p2, torch.add, alpha=3)
     assert torch.equal(summed[0], torch.full((2,), 4.0))
     with pytest.raises(ValueError, match="same length, got 2 and 1"):
         utils.foreach(p1, p2[:1], torch.add)
-    parts = utils.vector_to_params(torch.arange(3.0), p1)
-    assert torch.equal(parts[1], torch.tensor([2.0]))
-    assert utils.vector_to_tree is utils.vector_to_params
-    with pytest.raises(ValueError, match=r"vec must have shape \(3,\)"):
-        utils.vector_to_params(torch.arange(4.0), p1)
     assert utils.Params is not None
     assert utils.Objective is not None
+
+
+def test_hvp_carries_a_graph_where_its_arguments_require_gradients() -> None:
+    theta, phi = point()
+    tensors = tuple(tensor.requires_grad_() for tensor in theta + phi)
+    assert torch.autograd.gradcheck(
+        lambda *some: utils.hvp(lambda w: inner(w, phi), some[:2], some[2:]), tensors
+    )
+    assert torch.autograd.gradcheck(
+        lambda *some: utils.hvp(lambda w: inner(w, phi), theta, some, rev_only=True), tensors[2:]
+    )
+
+
+def test_a_vector_is_cut_into_tensors() -> None:
+    tree = (torch.ones(2, 2), torch.zeros(()), torch.ones(1))
+    for cut in (
+        utils.vector_to_tree(torch.arange(6.0), tree=tree),
+        utils.vector_to_tree(vec=torch.arange(9.0), tree=list(tree)),  # its front, if it is longer
+        utils.vector_to_params(torch.arange(6.0), (leaf for leaf in tree)),
+    ):
+        assert isinstance(cut, tuple)
+        assert [leaf.tolist() for leaf in cut] == [[[0.0, 1.0], [2.0, 3.0]], 4.0, [5.0]]
+    wide = utils.vector_to_tree(torch.arange(6).double(), tree)
+    assert wide[0].dtype == torch.float64
+    with pytest.raises(ValueError, match="vec must hold 6 elements, as many as the tensors, got 4"):
+        utils.vector_to_params(torch.arange(4.0), tree)

@@ -172,3 +172,14 @@ def test_bad_sketches_are_refused() -> None:
         hg.Nystrom(rank=4).sketch(Matrix(torch.eye(3)))
     with pytest.raises(ValueError, match="operator must be symmetric"):
         hg.Nystrom(rank=1).sketch(Matrix(torch.tensor([[1.0, 2.0], [0.0, 1.0]])))
+
+
+def test_columns_may_be_given() -> None:
+    A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3)
+    x = hg.Nystrom(rank=2, rho=1.0, columns=(2, 0)).solve(Matrix(A), b).x
+    torch.testing.assert_close(x, torch.tensor([0.5, 1.0, 0.2]))  # the second is taken for zero
+    for columns in ((0,), (0, 3), (-1, 0), (1, 1)):
+        with pytest.raises(ValueError, match="columns must be rank=2 different integers from 0 to"):
+            hg.Nystrom(rank=2, columns=columns).solve(Matrix(A), b)
+    with pytest.raises(ValueError, match="columns must come with test='coordinates', got test="):
+        hg.Nystrom(rank=1, test="gaussian", columns=(0,))

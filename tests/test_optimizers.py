@@ -342,6 +342,44 @@ def test_diff_sgd_is_that_of_torch_and_its_first_step_carries_its_gradient() -> 
     )
 
 
+@pytest.mark.parametrize("lr", [0.1, 0, -0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_diff_sgd_combines_what_torch_refuses_to(momentum: float, lr: Any) -> None:
+    """Nesterov with dampening or without momentum, and steps uphill: 0.0.1's formula by hand."""
+    w, buffer, state = torch.tensor([1.0, -2.0]), None, None
+    params = (w.clone(),)
+    for _ in range(3):
+        grad = w.square() + 0.01 * w
+        buffer = grad if buffer is None else momentum * buffer + 0.7 * grad
+        w = w - lr * (grad + momentum * buffer)
+        params, state = diff_sgd(
+            params, (params[0].square(),), state, 0.01, momentum, lr, dampening=0.3, nesterov=True
+        )
+    torch.testing.assert_close(params[0], w)
+
+
+def test_diff_sgd_replaces_the_entries_of_lists_and_leaves_tuples_alone() -> None:
+    w, buffer = torch.tensor([1.0], requires_grad=True), torch.tensor([2.0])
+    params, state = [w], [buffer]
+    out = diff_sgd(params, (torch.tensor([4.0]),), state, 0, 0.5, 0.1)
+    assert out[0] is params
+    assert out[1] is state
+    torch.testing.assert_close(params[0].detach(), torch.tensor([0.5]))
+    torch.testing.assert_close(state[0], torch.tensor([5.0]))
+    params[0].backward()
+    assert w.grad == 1.0
+    state = [buffer]
+    after = diff_sgd((w,), (torch.tensor([4.0]),), state, 0, 0.5, 0.1)
+    assert isinstance(after[0], tuple)
+    assert isinstance(after[1], tuple)
+    assert state[0] is buffer
+    assert diff_sgd([w], [buffer], (buffer,), 0, 0.5, 0.1)[1] == [torch.tensor([3.0])]
+    with pytest.raises(ValueError, match="grads must have the structure of params"):
+        diff_sgd([w], [], None, 0, 0.5, 0.1)
+    with pytest.raises(TypeError):
+        diff_sgd([w], [buffer], None, 0, 0.5, "fast")
+
+
 MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: opt.SGD(lr=-1.0), ValueError, r"lr must be a finite number >= 0, got -1"),
     (lambda: opt.SGD(lr="fast"), TypeError, r"lr must be a real number, got str"),

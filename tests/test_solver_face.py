@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import warnings
@@ -227,16 +228,21 @@ def test_the_recorder_flushes_means_and_archives_all() -> None:
 
 def test_means_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        solver(nystrom, num_iters=11, log_freq=5, outer_patience_iters=100).run()
+        solver(nystrom, num_iters=11, unroll_steps=11, log_freq=5).run()
     assert len(caplog.records) == 2
     assert caplog.records[0].name == "documented"
     assert "inner_loss=" in caplog.text
 
 
-def test_a_forward_output_unpacks() -> None:
-    loss, output = ForwardOutput(torch.ones(()), "more")
+def test_a_forward_output_unpacks_and_its_fields_can_be_set() -> None:
+    out = ForwardOutput(torch.ones(()), "more")
+    loss, output = out
     assert loss == 1.0
     assert output == "more"
+    out.loss = 2 * out.loss
+    out.output = None
+    assert tuple(out) == (2.0, None)
+    assert dataclasses.is_dataclass(out)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,9 @@ def test_a_forward_output_unpacks() -> None:
     [
         ({"num_iters": 0}, ValueError, "num_iters must be at least 1, got 0"),
         ({"unroll_steps": 1.5}, TypeError, "unroll_steps must be an integer"),
-        ({"outer_patience_iters": -1}, ValueError, "outer_patience_iters must be at least"),
+        ({"unroll_steps": 0}, ValueError, "unroll_steps must be at least 1, got 0"),
+        ({"num_iters": 19}, ValueError, "num_iters must be >= unroll_steps, got 19 < 20"),
+        ({"outer_patience_iters": -1}, ValueError, "outer_patience_iters must be at least 0, got"),
         ({"log_freq": 0}, ValueError, "log_freq must be at least 1"),
     ],
 )
@@ -263,5 +271,18 @@ def test_bad_pieces_are_named() -> None:
     ours = solver(nystrom)
     with pytest.raises(ValueError, match="outer_grad must hold one gradient for each parameter"):
         ours.outer_grad = (torch.ones(2),)
+    unwritten = BaseSolver(nn.Linear(1, 1), nn.Linear(1, 1), [], [], 1, 1, None, None)
+    for name in ("inner_obj", "outer_obj", "inner_forward", "outer_forward", "outer_update"):
+        with pytest.raises(NotImplementedError, match=f"BaseSolver must define {name}"):
+            getattr(unwritten, name)()
     with pytest.raises(NotImplementedError, match="BaseSolver must define inner_update"):
-        BaseSolver(nn.Linear(1, 1), nn.Linear(1, 1), [], [], 1, 1, None, None).run()
+        unwritten.run()
+
+    class HalfOfMain(BaseSolver):
+        def inner_forward(self) -> None: ...
+
+        def inner_update(self) -> None: ...
+
+    missing = "HalfOfMain must define outer_forward and outer_update as well"
+    with pytest.raises(TypeError, match=missing):
+        HalfOfMain(nn.Linear(1, 1), nn.Linear(1, 1), [], [], 1, 1, None, None)

@@ -1,8 +1,7 @@
 """hypergrad: gradients through the solution of another optimisation problem, for PyTorch."""
 
-from importlib.metadata import version
-
 from hypergrad import bilevel, distributed, linsolve, operators, optimizers, single_loop
+from hypergrad.__about__ import __version__ as __version__
 from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.bilevel import BilevelSolver, plot
@@ -50,8 +49,6 @@ from hypergrad.minibatch import Averaged, Sampled
 from hypergrad.report import Finding, Report
 from hypergrad.unroll import unroll
 from hypergrad.unrolled import Unrolled, UnrolledHypergradient
-
-__version__ = version("hypergrad")
 
 __all__ = [
     "CG",

@@ -1,17 +1,45 @@
 """The functions of hypergrad 0.0.1, under their names: each is one call of ``hypergradient``.
 
-They return the hypergradient alone, as a tuple like ``out_params``; :func:`hypergrad.hypergradient`
-returns the receipt beside it. A solve that fails warns.
+They return the hypergradient alone, as a tuple like ``out_params``, with a graph where a parameter
+requires gradients; :func:`hypergrad.hypergradient` returns the receipt too. A solve that fails
+warns; bad input raises as there, and a ``num_iters`` below 0 a ``ValueError``. Of each,
+``inner_obj`` is f(θ, φ), ``outer_obj`` g(θ, φ), ``in_params`` θ, ``out_params`` φ.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.differentiable import hessian_at, with_graph
 from hypergrad.implicit import hypergradient, report_failure
-from hypergrad.linsolve import CG, LinearSolver, Neumann, Nystrom, Status
+from hypergrad.linsolve import CG, Identity, LinearSolver, Neumann, Nystrom, Status
 from hypergrad.utils import Objective, Params
+
+
+def implicit_grad(f: Callable[..., tuple[Params, Params]]) -> Callable[..., Params]:
+    """Make a function of (f, g, θ, φ, …) that returns ``(v, ∂_φ g)`` return ``∂_φ g − (∂_φ F)ᵀ v``.
+
+    Here ``F = ∇_θ f``, and ``v ≈ H⁻¹ ∂_θ g`` is an approximation of your own.
+    """
+
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Params:
+        names = {"inner_obj": 0, "in_params": 2, "out_params": 3}
+        inner_obj, in_params, out_params = (
+            kwargs[name] if name in kwargs else args[place] for name, place in names.items()
+        )
+        v, direct = f(*args, **kwargs)
+        mixed = hessian_at(inner_obj, in_params, out_params, v).vjp_outer(v)
+        return tuple(tr.subtract(direct, mixed))
+
+    return wrapper
 
 
 def conjugate_gradient(
@@ -20,24 +48,16 @@ def conjugate_gradient(
     in_params: Params,
     out_params: Params,
     num_iters: int,
-    lr: float = 1.0,
+    lr: float | Tensor = 1.0,
 ) -> Params:
     """The hypergradient by ``num_iters`` iterations of conjugate gradient, fewer if exact before.
 
     0.0.1 built each direction from the residual before last, and so got worse with more iterations;
-    this is the method that it meant.
-
-    Args:
-        inner_obj: f(θ, φ).
-        outer_obj: g(θ, φ).
-        in_params: θ.
-        out_params: φ.
-        num_iters: the most iterations.
-        lr: has no influence: conjugate gradient finds its own step. Kept for 0.0.1's callers.
-
-    Raises:
-        TypeError, ValueError: as :func:`hypergrad.hypergradient`.
+    this is the method that it meant. ``lr`` has no influence: the method finds its own step.
     """
+    _check_iterations(num_iters)
+    if num_iters == 0:
+        return _direct(outer_obj, in_params, out_params)
     # To rounding: the number of iterations is the caller's choice, not a tolerance.
     solver = CG(rtol=10 * tr.epsilon(in_params), maxiter=num_iters)
     return _gradients(inner_obj, outer_obj, in_params, out_params, solver)
@@ -49,25 +69,17 @@ def neumann(
     in_params: Params,
     out_params: Params,
     num_iters: int,
-    lr: float,
+    lr: float | Tensor,
 ) -> Params:
     """The hypergradient by the Neumann series ``lr Σ_{k=0}^{num_iters} (I − lr H)^k b``.
 
-    That is ``num_iters + 1`` terms, as in 0.0.1.
-
-    Args:
-        inner_obj: f(θ, φ).
-        outer_obj: g(θ, φ).
-        in_params: θ.
-        out_params: φ.
-        num_iters: N, from 0.
-        lr: the step, in (0, 2/λ_max(H)).
-
-    Raises:
-        TypeError, ValueError: as :func:`hypergrad.hypergradient`.
+    That is ``num_iters + 1`` terms, as in 0.0.1. ``lr`` is a step in (0, 2/λ_max(H)), or 0 for the
+    direct gradient ``∂_φ g`` alone.
     """
-    if num_iters < 0:
-        raise ValueError(f"num_iters must be at least 0, got {num_iters}")
+    _check_iterations(num_iters)
+    lr = lr.item() if isinstance(lr, Tensor) else lr
+    if lr == 0:
+        return _direct(outer_obj, in_params, out_params)
     solver = Neumann(terms=num_iters + 1, step=lr, rtol=0.0)
     return _gradients(inner_obj, outer_obj, in_params, out_params, solver)
 
@@ -78,39 +90,41 @@ def nystrom(
     in_params: Params,
     out_params: Params,
     rank: int,
-    rho: float,
+    rho: float | Tensor,
     *,
     generator: torch.Generator | None = None,
 ) -> Params:
     """The hypergradient with ``(H_k + ρI)⁻¹`` for the inverse, from ``rank`` random columns of H.
 
-    Args:
-        inner_obj: f(θ, φ).
-        outer_obj: g(θ, φ).
-        in_params: θ.
-        out_params: φ.
-        rank: k, the number of columns.
-        rho: ρ > 0.
-        generator: for the choice of columns; the default is PyTorch's.
-
-    Raises:
-        TypeError, ValueError: as :func:`hypergrad.hypergradient`.
+    The columns are ``torch.randperm(n)[:rank]`` on the device of θ, as in 0.0.1, from PyTorch's
+    default generator or the one that is given.
     """
-    solver = Nystrom(rank=rank, rho=rho, generator=generator)
+    solver = Nystrom(rank=rank, rho=rho.item() if isinstance(rho, Tensor) else rho)
+    device = generator.device if generator else tr.leaves(in_params)[0].device
+    columns = torch.randperm(tr.size(in_params), generator=generator, device=device)[:rank]
+    solver = replace(solver, columns=tuple(columns.tolist()))
     return _gradients(inner_obj, outer_obj, in_params, out_params, solver)
 
 
 def _gradients(
-    inner_obj: Objective,
-    outer_obj: Objective,
-    in_params: Params,
-    out_params: Params,
-    solver: LinearSolver,
+    f: Objective, g: Objective, theta: Params, phi: Params, solver: LinearSolver
 ) -> Params:
-    result = hypergradient(
-        inner_obj, outer_obj, in_params, out_params, solver=solver, on_failure="ignore"
-    )
+    def outer(params: Params, hparams: Params) -> Tensor:
+        # g(φ) alone has the hypergradient ∂_φ g; hypergradient would take it for a slip.
+        return g(params, hparams) + 0.0 * tr.leaves(params)[0].sum()
+
+    result = hypergradient(f, outer, theta, phi, solver=solver, on_failure="ignore")
     # A budget that was spent, to the last digit or not, is what the caller asked for.
     if result.solve.status not in (Status.MAX_ITERATIONS, Status.STAGNATED):
         report_failure(solver, result.solve, "warn")
-    return result.grads
+    return with_graph(result, solver, f, outer, theta, phi)
+
+
+def _direct(g: Objective, theta: Params, phi: Params) -> Params:
+    """``∂_φ g``: the hypergradient of an inner problem that φ does not touch."""
+    return _gradients(lambda params, _: tr.dot(params, params), g, theta, phi, Identity())
+
+
+def _check_iterations(num_iters: int) -> None:
+    if num_iters < 0:
+        raise ValueError(f"num_iters must be at least 0, got {num_iters}")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import collections
+import copy
+import dataclasses
 import statistics
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
 
-class ForwardOutput(NamedTuple):
+@dataclasses.dataclass
+class ForwardOutput:
     """What ``inner_forward`` and ``outer_forward`` may return: a loss, and what came with it."""
 
     loss: Tensor
     output: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.loss, self.output))
 
 
 class Recorder:
@@ -38,4 +45,4 @@ class Recorder:
     @property
     def archive(self) -> dict[str, list[float]]:
         """Every value of each name, as a copy."""
-        return {name: list(values) for name, values in self._archive.items()}
+        return copy.deepcopy(self._archive)

@@ -14,6 +14,7 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_choice, check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
 from hypergrad.linsolve.probes import (
+    Coordinates,
     Probes,
     draw_coordinates,
     draw_gaussian,
@@ -54,6 +55,7 @@ class Nystrom(LinearSolver):
         generator: for Ω. ``None`` draws from PyTorch's default CPU generator, as PyTorch's own
             random functions do.
         measure_residual: whether to spend one product to report the residual.
+        columns: the coordinates for Ω, ``rank`` different ones; ``None`` draws them.
 
     Raises:
         TypeError, ValueError: an option is out of its range; in ``solve``, ``rank`` exceeds n; in
@@ -75,10 +77,13 @@ class Nystrom(LinearSolver):
     chunk_size: int | None = None
     generator: torch.Generator | None = None
     measure_residual: bool = False
+    columns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_number(self.rho, "rho", above=0.0)
         check_sketch_options(self.rank, self.test, self.max_rank, self.chunk_size, self.generator)
+        if self.columns is not None and self.test != "coordinates":
+            raise ValueError(f"columns must come with test='coordinates', got test={self.test!r}")
 
     def sketch(self, operator: LinearOperator) -> NystromSketch:
         """The sketch of ``operator``, to be kept for many right-hand sides."""
@@ -87,7 +92,14 @@ class Nystrom(LinearSolver):
             return bool(eigenvalues.abs().min() <= self.rho) if len(eigenvalues) else True
 
         made = draw_sketch(
-            operator, self.rank, self.test, self.max_rank, self.chunk_size, self.generator, enough
+            operator,
+            self.rank,
+            self.test,
+            self.max_rank,
+            self.chunk_size,
+            self.generator,
+            enough,
+            self.columns,
         )
         return NystromSketch(made, self.rho, self.measure_residual)
 
@@ -143,11 +155,13 @@ def draw_sketch(
     chunk_size: int | None,
     generator: torch.Generator | None,
     enough: Callable[[Tensor], bool],
+    columns: tuple[int, ...] | None = None,
 ) -> Sketch:
     """A sketch of ``operator`` with test vectors of the kind and number that the options say.
 
     Raises:
-        ValueError: there are fewer parameters than ``rank``; the operator is not symmetric.
+        ValueError: there are fewer parameters than ``rank``; the operator is not symmetric;
+            ``columns`` are not ``rank`` different coordinates.
     """
     n = tr.size(operator.like)
     if rank != "auto" and rank > n:
@@ -158,7 +172,13 @@ def draw_sketch(
         raise ValueError("operator must be symmetric for a sketch, got one not known to be")
     count = min(max_rank, n) if rank == "auto" else rank
     probes: Probes
-    if test == "coordinates":
+    if columns is not None:
+        if len({c for c in columns if 0 <= c < n}) != count or len(columns) != count:
+            raise ValueError(
+                f"columns must be rank={rank} different integers from 0 to {n - 1}, got {columns}"
+            )
+        probes = Coordinates(tr.detach(operator.like), torch.tensor(columns))
+    elif test == "coordinates":
         probes = draw_coordinates(operator.like, count, generator, shuffled=rank == "auto")
     elif test == "gaussian":
         probes = draw_gaussian(operator.like, count, generator)

@@ -20,31 +20,33 @@ def diff_sgd(
     lr: float | Tensor,
     dampening: float | Tensor = 0,
     nesterov: bool = False,
-) -> tuple[Any, list[Tensor | None]]:
-    """One step of :class:`hypergrad.optimizers.SGD` on lists or tuples.
+) -> tuple[Any, Any]:
+    """One step of :class:`hypergrad.optimizers.SGD`, differentiable in everything.
 
-    0.0.1 cuts the gradient of the first momentum step; this does not. The lists that are given stay
-    as they are.
+    With a *list* of parameters its entries and those of a list of buffers are replaced in place, as
+    0.0.1 does; a tuple leaves both alone, as in its main branch. Both cut the gradient of the first
+    momentum step; this does not. ``nesterov`` goes with any momentum and dampening here.
 
-    Args:
-        params: θ.
-        grads: ``∇_θ f``.
-        state: the momentum buffers of the last step; ``None`` at first.
-        weight_decay: λ.
-        momentum: momentum factor.
-        lr: the learning rate.
-        dampening: dampening of momentum.
-        nesterov: look ahead.
+    ``params`` is θ, ``grads`` is ``∇_θ f``, ``state`` the momentum buffers of the last step, at
+    first ``None``; the others are numbers or tensors, named as in ``torch.optim.SGD``.
 
     Returns:
-        The next parameters, a tuple if ``params`` is one, or else a list; the momentum buffers.
+        The next parameters and momentum buffers: two tuples if ``params`` is one, else two lists.
 
     Raises:
-        TypeError, ValueError: see :class:`hypergrad.optimizers.SGD`; the lists differ in length.
+        TypeError, ValueError: a hyperparameter is no number; the lists differ in length.
     """
-    optimizer = SGD(lr, momentum, dampening, weight_decay, nesterov)
-    buffers = [None] * len(params) if state is None else list(state)
-    slots = State(0, [{"momentum_buffer": buffer} for buffer in buffers])
     kind = tuple if isinstance(params, tuple) else list
-    updated, after = optimizer.update(kind(grads), slots, kind(params))
-    return updated, [slot["momentum_buffer"] for slot in after.slots]
+    buffers = [None] * len(params) if state is None else state
+    slots = State(0, [{"momentum_buffer": buffer} for buffer in buffers])
+    rule = SGD(momentum=1.0, nesterov=nesterov)
+    # In the place of its own, whose checks have nesterov only where torch.optim has it.
+    given = {"lr": lr, "momentum": momentum, "dampening": dampening, "maximize": False}
+    settings = [{**given, "weight_decay": weight_decay} for _ in params]
+    updated, after = rule.update(kind(grads), slots, kind(params), settings=settings)
+    kept = kind(slot["momentum_buffer"] for slot in after.slots)
+    if isinstance(params, list):
+        params[:], updated = updated, params
+        if isinstance(state, list):
+            state[:], kept = kept, state
+    return updated, kept
