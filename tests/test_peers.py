@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import large_models
+from benchmarks import checkpointed, large_models
 from benchmarks.blocks import written
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import data, growth, page, record, truth
@@ -114,3 +114,11 @@ def test_the_page_of_large_models_has_what_its_command_counts(row):
     cells = [*setting.cells, f"{large_models.peak(setting):.0f}"]
     page_text = large_models.PAGE.read_text(encoding="utf-8")
     assert f"| {' | '.join(cells)} |" in written(page_text, large_models.COMMAND)
+
+
+def test_the_page_of_large_models_has_what_checkpoints_save():
+    page_text = large_models.PAGE.read_text(encoding="utf-8")
+    for row in (1, 5):
+        setting = checkpointed.SETTINGS[row]
+        cells = [*setting.cells, f"{checkpointed.peak(setting):.0f}"]
+        assert f"| {' | '.join(cells)} |" in written(page_text, checkpointed.COMMAND)
