@@ -11,23 +11,31 @@ Franceschi et al. 2017 (Forward-HG); Baydin et al. 2022 (random directions).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hypergrad import block as bl
 from hypergrad import tree as tr
-from hypergrad.evaluation import Objective, fresh_leaves
+from hypergrad.evaluation import Objective, evaluate, fresh_leaves
 from hypergrad.isolation import Buffers, RandomState
 from hypergrad.minibatch import value_and_gradients, with_arguments
 from hypergrad.operators import hessian
 from hypergrad.operators.kept_graph import pull_back_block
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.partial import Tensors
-from hypergrad.trajectory import Point, Steps, check_finite, detached, naming_the_step
+from hypergrad.trajectory import (
+    Point,
+    Steps,
+    check_finite,
+    detached,
+    naming_the_step,
+    starting_from,
+)
 from hypergrad.tree import Tree
 
 
@@ -57,6 +65,7 @@ def run_forward(
     params, fixed = detached(point)
     slots = fixed.slots
     blocks = [tangents.of(tensor) for tensor in start]
+    moving = _MovingBuffers(buffers, tangents)
     for i, objective in enumerate(steps.objectives):
         number = state.step + i
         settings = steps.settings_at(i, (params, State(number, slots)))
@@ -66,16 +75,18 @@ def run_forward(
         with naming_the_step(number), torch.no_grad():
             theta = tr.unflatten_like(params, blocks[: len(tr.leaves(params))])
             phi = tr.map_leaves(tangents.of, hparams)
-            with buffers.carried():
-                grads, grad_blocks = _gradient(steps, objective, params, hparams, theta, phi)
-            moving = [*tr.leaves(grad_blocks), *blocks, *map(tangents.of, hyper)]
+            grads, grad_blocks = _gradient(steps, objective, params, hparams, theta, phi, moving)
+            along = [*tr.leaves(grad_blocks), *blocks, *map(tangents.of, hyper)]
             inputs = grads, params, slots, with_values([tensor.detach() for tensor in hyper])
-            (params, slots), blocks = _push(_update(steps.optimizer, number), inputs, moving)
+            (params, slots), blocks = _push(_update(steps.optimizer, number), inputs, along)
             check_finite(params)
-    ends, rebuild = tr.split((params, slots))
+    originals, values, beta = moving.state()
+    ends, rebuild = tr.split((params, slots, values))
     if tangents.inputs:
+        blocks = [*blocks, *beta]
         ends = list(_Pushed.apply(tangents, blocks, len(ends), *ends, *tangents.inputs))
-    params, slots = rebuild(ends)
+    params, slots, values = rebuild(ends)
+    buffers.put(originals, values)
     return params, State(state.step + len(steps.objectives), slots)
 
 
@@ -156,23 +167,84 @@ def _update(optimizer: Optimizer, number: int) -> Callable[[Any], Any]:
     return update
 
 
+class _MovingBuffers:
+    """The buffers of modules and their derivatives along the directions, where they are followed.
+
+    Attributes:
+        buffers: the values.
+    """
+
+    def __init__(self, buffers: Buffers, tangents: _Tangents) -> None:
+        self.buffers = buffers
+        self._tangents = tangents
+        self._blocks: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+    def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The modules' tensors, their values, and the derivatives of these; none if unfollowed."""
+        if not self.buffers.differentiable:
+            return [], [], []
+        originals, values = self.buffers.floating()
+        known = self._blocks
+        blocks = [
+            self._tangents.widened(known[t]) if t in known else self._tangents.of(value.detach())
+            for t, value in zip(originals, values, strict=True)
+        ]
+        return originals, values, blocks
+
+    def move(self, objective: Objective, joint: Tree, along: Tree, state: RandomState) -> None:
+        """One evaluation at ``joint``, θ and φ, as a function of the buffers too."""
+        originals, values, blocks = self.state()
+        after: list[Tensor] = []
+
+        def run(inputs: Any) -> Any:
+            (params, hparams), start = inputs
+            self.buffers.put(originals, start)
+            with self.buffers.carried():
+                evaluate(objective, params, hparams, state, "inner", twice=True)
+            pairs = zip(*self.buffers.floating(), strict=True)
+            ends = {t: value for t, value in pairs if value.requires_grad}
+            after.extend(ends)
+            return list(ends.values())
+
+        ends, pushed = _push(run, (joint, values), [*tr.leaves(along), *blocks])
+        self.buffers.put(after, ends)
+        self._blocks.update(zip(after, pushed, strict=True))
+
+
 def _gradient(
-    steps: Steps, objective: Objective, params: Tree, hparams: Tree, theta: Tree, phi: Tree
+    steps: Steps,
+    objective: Objective,
+    params: Tree,
+    hparams: Tree,
+    theta: Tree,
+    phi: Tree,
+    moving: _MovingBuffers,
 ) -> tuple[Tree, Tree]:
-    """``∇_θ f`` and its derivatives along ``(theta, phi)``, a block."""
-    if steps.first_order or bl.width(theta) == 0:
-        state = RandomState(params, hparams)
-        leaves = fresh_leaves(params), tr.detach(hparams)
-        _, grads, _ = value_and_gradients(objective, *leaves, "inner", state)
-        state.advance()
-        return grads, tr.zeros_like(theta)
-    # Copies, since θ and φ may be the same tensors.
-    joint, none = (tr.detach(params), tr.detach(hparams)), torch.zeros(1)
-    of_both = with_arguments(objective, lambda pair, _: pair)
-    operator = hessian(of_both, joint, none, mode=steps.mode)
-    grads, _ = operator.gradient
-    products, _ = operator.matmat((theta, phi))
-    operator.random_state.advance()
+    """``∇_θ f`` and its derivatives along ``(theta, phi)`` and those of the buffers, a block."""
+    buffers = moving.buffers
+    scratch = buffers.copy() if buffers.differentiable else buffers
+    with scratch.carried():
+        if steps.first_order or bl.width(theta) == 0:
+            state = RandomState(params, hparams)
+            leaves = fresh_leaves(params), tr.detach(hparams)
+            _, grads, _ = value_and_gradients(objective, *leaves, "inner", state)
+            products = tr.zeros_like(theta)
+        else:
+            originals, values, blocks = moving.state()
+            # Copies, since θ and φ may be the same tensors.
+            joint, none = (tr.detach(params), tr.detach(hparams), values), torch.zeros(1)
+            if values:
+                of_all = starting_from(objective, buffers, originals, lambda joint, _: joint)
+            else:
+                of_all = with_arguments(objective, lambda joint, _: joint[:2])
+            operator = hessian(of_all, joint, none, mode=steps.mode)
+            state = operator.random_state
+            grads, *_ = operator.gradient
+            products, *_ = operator.matmat((theta, phi, blocks))
+    if scratch is not buffers and scratch.any:
+        both = tr.detach(params), tr.detach(hparams)
+        moving.move(objective, both, (theta, phi), state)
+    state.advance()
     return grads, products
 
 
@@ -187,7 +259,7 @@ def _push(function: Callable[[Any], Any], inputs: Any, blocks: Tensors) -> tuple
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         ends, rebuild_outputs = tr.split(function(rebuild(leaves)))
         outputs = rebuild_outputs([end.detach() for end in ends])
-        if len(blocks[0]) == 0:
+        if not ends or len(blocks[0]) == 0:
             return outputs, [end.new_zeros((0, *end.shape)) for end in ends]
         weights = [torch.zeros_like(end, requires_grad=True) for end in ends]
         pulled = torch.autograd.grad(ends, leaves, weights, create_graph=True, allow_unused=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hypergrad import tree as tr
+from hypergrad.statistics import DifferentiableStatistics
 from hypergrad.tree import Tree
 
 
@@ -65,12 +66,19 @@ class Buffers:
 
     They are known by the tensors that the modules hold, which stay as they are until
     :meth:`give_back`. A buffer that carries a graph is an argument of the caller's, not carried.
+
+    Attributes:
+        differentiable: whether the values keep the graph of the run that left them.
+        used: whether anything depends on the values that the next run leaves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, differentiable: bool = False) -> None:
+        self.differentiable = differentiable
+        self.used = True
         # Weak: an objective may make tensors of its own and pass them as buffers.
         self._values: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._initial: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
 
     @contextmanager
     def carried(self) -> Iterator[None]:
@@ -86,10 +94,47 @@ class Buffers:
     def copy(self) -> Buffers:
         """The same values, to be carried on from here once more; after giving back as well."""
         twin = Buffers()
-        twin._values.update(self._values)
+        twin.put(self._values.keys(), [value.detach() for value in self._values.values()])
         # Shared: what a module began with is known once the module has run.
-        twin._initial = self._initial
+        twin._initial, twin._names = self._initial, self._names
         return twin
+
+    @property
+    def any(self) -> bool:
+        """Whether a module with buffers has run."""
+        return len(self._values) > 0
+
+    def floating(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The modules' tensors that can have derivatives, and their values here."""
+        pairs = [pair for pair in self._values.items() if pair[1].is_floating_point()]
+        return [original for original, _ in pairs], [value for _, value in pairs]
+
+    def put(self, originals: Iterable[Tensor], values: Sequence[Tensor]) -> None:
+        """Have the next run start from these values."""
+        self._values.update(zip(originals, values, strict=True))
+
+    def value(self, original: Tensor) -> Tensor:
+        """The value of one of them."""
+        return self._values[original] if original in self._values else self._initial[original]
+
+    def moved(self) -> list[Tensor]:
+        """Those of :meth:`floating` that the runs have changed."""
+        originals, values = self.floating()
+        if not originals:
+            return []
+        device = values[0].device
+        pairs = zip(originals, values, strict=True)
+        changed = [(value != self._initial[t]).any().to(device) for t, value in pairs]
+        # One copy to the host for all of them.
+        return [t for t, has in zip(originals, torch.stack(changed).tolist(), strict=True) if has]
+
+    def name(self, original: Tensor) -> str:
+        """Where the buffer is in the module that was called, such as ``1.running_mean``."""
+        return self._names[original]
+
+    def is_called(self, original: Tensor, name: str) -> None:
+        """Remember a name."""
+        self._names[original] = name
 
     def give_back(self) -> None:
         """Write the values into the tensors that the modules hold."""
@@ -101,16 +146,14 @@ class Buffers:
         """The value to run on in place of a module's buffer, to be cloned."""
         if original.requires_grad:
             return original
-        if original in self._values:
-            return self._values[original]
         if original not in self._initial:
             self._initial[original] = original.clone()
-        return self._initial[original]
+        return self.value(original)
 
     def leave(self, original: Tensor, value: Tensor | None) -> None:
         """Keep what a run made of a buffer."""
         if value is not None and not original.requires_grad:
-            self._values[original] = value.detach()
+            self._values[original] = value if self.differentiable else value.detach()
 
 
 @contextmanager
@@ -215,12 +258,12 @@ def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if _this_thread.isolating or _this_thread.refusing:
         _refuse_own_parameters(module)
     if not _this_thread.isolating or _this_thread.inside_a_module:
-        return _plain_call(module, *args, **kwargs)
+        return _call_inside(module, *args, **kwargs)
     carried = _this_thread.carried
     originals = _swap_buffers(module, carried)
     _this_thread.inside_a_module = True
     try:
-        return _plain_call(module, *args, **kwargs)
+        return _call_inside(module, *args, **kwargs)
     finally:
         _this_thread.inside_a_module = False
         for buffers, key, original in originals:
@@ -229,12 +272,21 @@ def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             buffers[key] = original
 
 
+def _call_inside(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``module(*args, **kwargs)``, differentiable in its statistics where buffers are."""
+    carried = _this_thread.carried
+    if carried is None or not carried.differentiable or not module._buffers:
+        return _plain_call(module, *args, **kwargs)
+    with DifferentiableStatistics():
+        return _plain_call(module, *args, **kwargs)
+
+
 def _swap_buffers(
     root: nn.Module, carried: Buffers | None
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
     swapped = []
     copies: dict[int, Tensor] = {}
-    for module in root.modules():
+    for path, module in root.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for key, buffer in module._buffers.items():
@@ -243,6 +295,8 @@ def _swap_buffers(
             if id(buffer) not in copies:
                 # Not detached: a buffer may be an outer parameter put there by functional_call.
                 value = buffer if carried is None else carried.start(buffer)
+                if carried is not None:
+                    carried.is_called(buffer, f"{path}.{key}" if path else key)
                 copies[id(buffer)] = value.clone()
             swapped.append((module._buffers, key, buffer))
             module._buffers[key] = copies[id(buffer)]

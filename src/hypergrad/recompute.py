@@ -45,16 +45,26 @@ class Computation(Protocol):
 def recomputed(computation: Computation, inputs: Any, buffers: Buffers) -> Any:
     """``computation(inputs, buffers)`` as one node, which keeps the tensors among the inputs.
 
-    Differentiable to any order that the computation is.
+    Differentiable to any order that the computation is; where the buffers are differentiable, they
+    are inputs and outputs as well.
     """
     tensors, rebuild = tr.split(inputs)
     call = _Call(computation, rebuild, buffers)
-    outputs = _Recomputed.apply(call, *tensors)
-    return call.rebuild_outputs(outputs)
+    outputs = _Recomputed.apply(call, *tensors, *call.buffers_before)
+    split = len(outputs) - len(call.moved_buffers)
+    if buffers.differentiable:
+        buffers.put(call.moved_buffers, outputs[split:])
+    return call.rebuild_outputs(outputs[:split])
 
 
 class _Call:
-    """One computation, what it started from, and the structure of what it returned."""
+    """One computation, what it started from, and the structure of what it returned.
+
+    Attributes:
+        buffers_before: the values of buffers, which follow the inputs, where they are
+            differentiable.
+        moved_buffers: those whose values follow the outputs, known after the first run.
+    """
 
     rebuild_outputs: Callable[[Sequence[Tensor]], Any]
 
@@ -67,24 +77,44 @@ class _Call:
         self._computation = computation
         self._rebuild = rebuild
         self._running_buffers = buffers
+        self._known, self.buffers_before = _differentiable(buffers)
+        self.moved_buffers: list[Tensor] = []
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, with the effects of a first run on random state and buffers."""
         self._random_state = RandomState(list(tensors))
         self._autocast = _autocast_states({tensor.device.type for tensor in tensors})
-        self._buffers = self._running_buffers.copy()
-        inputs = self._rebuild([tensor.detach() for tensor in tensors])
-        outputs = self._computation(inputs, self._running_buffers, twice=False)
-        del self._running_buffers
+        running = self._running_buffers
+        tensors, values = self._parted([tensor.detach() for tensor in tensors])
+        running.put(self._known, values)
+        self._buffers = running.copy()
+        outputs = self._computation(self._rebuild(tensors), running, twice=False)
+        self.moved_buffers, left = _differentiable(running)
+        del self._running_buffers, self.buffers_before
         found, self.rebuild_outputs = tr.split(outputs)
-        return found
+        return [*found, *left]
 
-    def again(self, tensors: Sequence[Tensor], *, twice: bool) -> list[Tensor]:
+    def again(self, tensors: Sequence[Tensor], *, twice: bool, buffers_used: bool) -> list[Tensor]:
         """The outputs, with a graph and without effects."""
         with self._random_state.replayed(), _autocast(self._autocast), torch.enable_grad():
-            inputs = self._rebuild(tensors)
-            outputs = self._computation(inputs, self._buffers.copy(), twice=twice)
-            return tr.split(outputs)[0]
+            tensors, values = self._parted(tensors)
+            running = self._buffers.copy()
+            running.differentiable = len(self.moved_buffers) > 0
+            running.used = buffers_used
+            running.put(self._known, values)
+            outputs = self._computation(self._rebuild(tensors), running, twice=twice)
+            left = [running.value(original) for original in self.moved_buffers]
+            return [*tr.split(outputs)[0], *left]
+
+    def uses_buffers(self, cotangents: Sequence[Tensor | None]) -> bool:
+        """Whether anything depends on the buffers that the computation leaves."""
+        given = cotangents[len(cotangents) - len(self.moved_buffers) :]
+        found = [z for z in given if z is not None]
+        return bool(found) and (_are_hidden(found) or any(bool(z.any()) for z in found))
+
+    def _parted(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        count = len(tensors) - len(self._known)
+        return tensors[:count], tensors[count:]
 
     def check_finite(self, cotangents: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Raise ``NonFiniteError`` if gradients became infinite or NaN on the way through this."""
@@ -125,7 +155,8 @@ def _pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | N
         else tensor.detach().requires_grad_(need)
         for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
     ]  # fmt: skip
-    outputs = ctx.call.again(inputs, twice=twice)
+    used = ctx.call.uses_buffers(cotangents)
+    outputs = ctx.call.again(inputs, twice=twice, buffers_used=used)
     pairs = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
@@ -139,6 +170,11 @@ def _pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | N
     ctx.call.check_finite(given, grads)
     found = iter(pl.placed_alike(grads, asked))
     return [next(found) if need else None for need in needed]
+
+
+def _differentiable(buffers: Buffers) -> tuple[list[Tensor], list[Tensor]]:
+    """The buffers that are inputs or outputs, and their values."""
+    return buffers.floating() if buffers.differentiable else ([], [])
 
 
 def _are_hidden(tensors: Sequence[Tensor]) -> bool:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import optree
@@ -27,7 +28,7 @@ from hypergrad.evaluation import (
 )
 from hypergrad.isolation import Buffers, RandomState
 from hypergrad.kernels import twice_differentiable
-from hypergrad.minibatch import value_and_gradients
+from hypergrad.minibatch import Averaged, value_and_gradients
 from hypergrad.operators import Hessian, Mode, hessian
 from hypergrad.optimizers import Optimizer, Settings, State
 from hypergrad.partial import Tensors, inside_a_transform, partial_gradient
@@ -69,7 +70,7 @@ class Steps:
             for i in range(len(self.objectives)):
                 params, state = point
                 with naming_the_step(state.step):
-                    grads = self._gradient(i, params, hparams, twice=twice)
+                    grads = self._gradient(i, params, hparams, buffers, twice=twice)
                     settings = self.settings_at(i, point)
                     point = self.optimizer.update(grads, state, params, settings=settings)
                     check_finite(point[0])
@@ -98,23 +99,19 @@ class Steps:
             return self.settings[index]
         return self.optimizer.settings(point[1], point[0])
 
-    def _gradient(self, index: int, params: Tree, hparams: Tree, *, twice: bool) -> Tree:
+    def _gradient(
+        self, index: int, params: Tree, hparams: Tree, buffers: Buffers, *, twice: bool
+    ) -> Tree:
         """``∇_θ f`` of step ``index``; the random state moves on, as in any step of training."""
         objective = self.objectives[index]
         if inside_a_transform():
             grads = partial_gradient(_flat(objective, params, hparams), tr.leaves(params))
             tree = tr.unflatten_like(params, grads)
             return tr.detach(tree) if self.first_order else tree
+        if self.first_order or not (twice and torch.is_grad_enabled()):
+            return self._gradient_alone(objective, params, hparams, buffers)
         state = RandomState(params, hparams)
-        if self.first_order or not torch.is_grad_enabled():
-            theta, phi = fresh_leaves(params), tr.detach(hparams)
-            _, tree, _ = value_and_gradients(objective, theta, phi, "inner", state)
-        elif not twice:
-            operator = hessian(objective, params, hparams, mode=self.mode)
-            state = operator.random_state
-            leaves = (*tr.leaves(params), *tr.leaves(hparams))
-            tree = tr.unflatten_like(params, _Gradient.apply(operator, *leaves))
-        elif index == 0:
+        if index == 0:
 
             def value(leaves: Tensors) -> Tensor:
                 theta = tr.unflatten_like(params, leaves)
@@ -130,6 +127,67 @@ class Steps:
                 tree = filled(gradient(found, theta, create_graph=True), theta)
         state.advance()
         return tree
+
+    def _gradient_alone(
+        self, objective: Objective, params: Tree, hparams: Tree, buffers: Buffers
+    ) -> Tree:
+        """``∇_θ f`` without the graph of f."""
+        state = RandomState(params, hparams)
+        given = objective
+        followed = buffers.differentiable and torch.is_grad_enabled()
+        scratch = buffers.copy() if followed else buffers
+        with scratch.carried():
+            if self.first_order or not torch.is_grad_enabled():
+                theta, phi = fresh_leaves(params), tr.detach(hparams)
+                _, tree, _ = value_and_gradients(objective, theta, phi, "inner", state)
+            else:
+                values: Sequence[Tensor] = ()
+                outer = hparams
+                if followed and buffers.any and self.mode != "compiled":
+                    originals, values = buffers.floating()
+                    objective = starting_from(objective, buffers, originals, _with_hparams)
+                    outer = hparams, values
+                operator = hessian(objective, params, outer, mode=self.mode)
+                state = operator.random_state
+                leaves = (*tr.leaves(params), *tr.leaves(hparams), *values)
+                tree = tr.unflatten_like(params, _Gradient.apply(operator, *leaves))
+        if followed and scratch.any and buffers.used:
+            # Once more, for the buffers as functions of θ and φ.
+            evaluate(given, params, hparams, state, "inner", twice=True)
+        state.advance()
+        return tree
+
+
+def starting_from(
+    objective: Objective,
+    buffers: Buffers,
+    originals: Sequence[Tensor],
+    arguments: Callable[[Tree, Tree], tuple[Tree, Tree, Sequence[Tensor]]],
+) -> Objective:
+    """``f`` on modules whose buffers are among its arguments.
+
+    Args:
+        objective: ``f(params, hparams)``; averaged over mini-batches where it is.
+        buffers: the others.
+        originals: the modules' tensors in whose place arguments stand.
+        arguments: what two trees hold: θ, φ and the values.
+    """
+
+    def called(function: Callable[..., Tensor], w: Tree, h: Tree, *batch: Any) -> Tensor:
+        params, hparams, values = arguments(w, h)
+        standing = buffers.copy()
+        standing.differentiable = True
+        standing.put(originals, values)
+        with standing.carried():
+            return function(params, hparams, *batch)
+
+    if isinstance(objective, Averaged):
+        return replace(objective, objective=partial(called, objective.objective))
+    return partial(called, objective)
+
+
+def _with_hparams(params: Tree, pair: Tree) -> tuple[Tree, Tree, Sequence[Tensor]]:
+    return params, *pair
 
 
 @dataclass(frozen=True)

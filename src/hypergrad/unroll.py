@@ -68,7 +68,8 @@ def unroll(
     Each step moves on the random state and the buffers of modules (batch-norm statistics) as a step
     of training does, once: backward passes see the same dropout masks and buffers again and leave
     both alone. The buffers are written to the modules when the last step is done. Gradients use
-    batch statistics where a module is in training mode; buffers are constants to all derivatives.
+    batch statistics where a module is in training mode. The buffers themselves are constants here;
+    ``hypergradient(..., method=Unrolled(...))`` differentiates those that g reads.
 
     What ``inner`` closes over is a constant to all modes but ``"graph"``; a
     :class:`HypergradWarning` says so if it requires gradients.
@@ -123,7 +124,30 @@ def unroll(
         >>> w.detach(), c.grad, lr.grad  # (1 − 0.9²) · 3, 1 − 0.9², 2 · 0.9 · 3
         (tensor(0.5700), tensor(0.1900), tensor(5.4000))
     """
-    check_objective(inner, "inner", "(params, hparams) or (params, hparams, batch)")
+    point = run(
+        objectives_of(inner, steps), optimizer, params, hparams, Buffers(), memory=memory,
+        truncate=truncate, first_order=first_order, state=state, directions=directions,
+        generator=generator, mode=mode,
+    )  # fmt: skip
+    return point if return_state else point[0]
+
+
+def run(
+    objectives: Sequence[Objective],
+    optimizer: Optimizer,
+    params: Tree,
+    hparams: Tree,
+    buffers: Buffers,
+    *,
+    memory: Memory,
+    truncate: int | None,
+    first_order: bool,
+    state: State | None,
+    directions: int | None,
+    generator: torch.Generator | None,
+    mode: Mode,
+) -> Point:
+    """``θ_T`` and ``s_T`` as :func:`unroll` finds them; ``buffers`` end as those of modules."""
     check_optimizer(optimizer)
     check_tree(params, "params")
     if tr.leaves(hparams):
@@ -139,7 +163,6 @@ def unroll(
             "memory must be 'graph' inside the transforms of torch.func, which hide what requires "
             f"gradients, got {memory!r}"
         )
-    objectives = _objectives(inner, steps)
     if state is None:
         state = optimizer.init(params)
 
@@ -147,7 +170,6 @@ def unroll(
     if not tr.leaves(hparams):
         objectives = [_ignoring_hparams(objective, hparams) for objective in objectives]
         hparams = torch.zeros(1)
-    buffers = Buffers()
     # One isolation for all steps: each costs as much as a few kernels.
     with isolated_buffers():
         skipped = 0 if truncate is None else max(0, len(objectives) - truncate)
@@ -170,11 +192,12 @@ def unroll(
             point = tail.run_recomputed(point, hparams, buffers, segment=segment)
     point = _connected(point, tr.split((params, state.slots, hparams))[0])
     buffers.give_back()
-    return point if return_state else point[0]
+    return point
 
 
-def _objectives(inner: Any, steps: int | Iterable[Any]) -> Sequence[Objective]:
+def objectives_of(inner: Any, steps: int | Iterable[Any]) -> Sequence[Objective]:
     """f_t for each step."""
+    check_objective(inner, "inner", "(params, hparams) or (params, hparams, batch)")
     if isinstance(steps, Iterable) and not isinstance(steps, Tensor):
         if isinstance(inner, (Averaged, Sampled)):
             raise TypeError(
@@ -209,7 +232,7 @@ def _warn_of_constants(steps: Steps, point: Point, hparams: Tree, memory: Memory
             f"with memory={memory!r} they count as constants; put them into hparams, or detach "
             "them, or use memory='graph'",
             HypergradWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.evaluation import Objective, filled, fresh_leaves, gradient
-from hypergrad.minibatch import check_batches, value_and_gradients
+from hypergrad.isolation import Buffers
+from hypergrad.minibatch import check_batches
+from hypergrad.moving_buffers import constants, outer_gradients, warn_of_constants
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.trajectory import detached
 from hypergrad.tree import Tree
-from hypergrad.unroll import Memory, unroll
+from hypergrad.unroll import Memory, objectives_of, run
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Unrolled:
     """``dg/dφ`` through the steps of an optimiser: the ``method=`` of :func:`hypergradient`.
 
         dg/dφ = ∂_φ g + (dθ_T/dφ)ᵀ ∂_θ g
+
+    Buffers that the steps change and g reads, such as the running statistics of batch norm in eval
+    mode, are part of what is differentiated. A :class:`HypergradWarning` names those that a module
+    changes where autograd records nothing.
 
     Args:
         optimizer: one of :mod:`hypergrad.optimizers`; or a function of ``hparams`` that returns
@@ -98,6 +104,7 @@ def unrolled_hypergradient(
             "method must have its optimizer and its steps outside a BilevelSolver, got "
             f"optimizer={optimizer!r}, steps={steps!r}"
         )
+    buffers = Buffers(differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         phi = fresh_leaves(hparams)
         if not isinstance(optimizer, Optimizer) and callable(optimizer):
@@ -105,25 +112,30 @@ def unrolled_hypergradient(
         check_optimizer(optimizer)
         # From what the caller gave: an optimiser of torch.optim knows its own tensors only.
         state = optimizer.init(params) if method.state is None else method.state
-        theta, state = unroll(
-            inner,
+        objectives = objectives_of(inner, steps)
+        theta, state = run(
+            objectives,
             optimizer,
             tr.detach(params),
             phi,
-            steps,
+            buffers,
             memory=method.memory,
             truncate=method.truncate,
             first_order=method.first_order,
             state=state,
-            return_state=True,
             directions=method.directions,
             generator=method.generator,
             mode=method.mode,
         )
         end = fresh_leaves(theta)
-        value, cotangent, direct = value_and_gradients(outer, end, phi, "outer")
+        value, cotangent, direct, read = outer_gradients(outer, end, phi, buffers)
+        fixed = constants(objectives[0], params, hparams, read) if read else []
+        warn_of_constants(buffers, fixed)
+        leading = [t for t in read if all(t is not constant for constant in fixed)]
+        ends = theta, [buffers.value(original) for original in leading]
+        cotangents = cotangent, [read[original] for original in leading]
         # From one scalar: from many roots at once the engine holds more of the graph (measured on
         # an MLP with memory="graph": 34 MiB more, of 80).
-        through = gradient(tr.pairing(theta, cotangent), phi)
+        through = gradient(tr.pairing(ends, cotangents), phi)
     grads = tr.add(direct, filled(through, phi))
     return UnrolledHypergradient(grads, *detached((theta, state)), value)

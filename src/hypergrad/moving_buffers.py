@@ -1,0 +1,90 @@
+"""Buffers that evaluations of f change and g reads, such as the statistics of batch norm.
+
+They are functions of θ and φ: ``dg/dφ`` has a part that leads through them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hypergrad import tree as tr
+from hypergrad.errors import HypergradWarning
+from hypergrad.evaluation import Objective, evaluate, fresh_leaves
+from hypergrad.isolation import Buffers, RandomState
+from hypergrad.minibatch import Averaged, value_and_gradients
+from hypergrad.trajectory import starting_from
+from hypergrad.tree import Tree
+
+
+def outer_gradients(
+    outer: Objective, params: Tree, hparams: Tree, buffers: Buffers
+) -> tuple[float, Tree, Tree, dict[Tensor, Tensor]]:
+    """``g``, ``∂_θ g``, ``∂_φ g`` and the gradients in the moved buffers that g reads.
+
+    Args:
+        outer: g.
+        params: θ, leaves that require gradients.
+        hparams: φ, likewise.
+        buffers: where f has left them; those gradients come by the modules' own tensors.
+
+    Raises:
+        TypeError, ValueError: ``g`` is not a finite scalar that depends on ``params``.
+    """
+    originals = buffers.moved()
+    if not originals:
+        return *value_and_gradients(outer, params, hparams, "outer"), {}
+    values = [buffers.value(original).detach().requires_grad_() for original in originals]
+    reading = starting_from(outer, buffers, originals, lambda pair, h: (pair[0], h, pair[1]))
+    value, (theta, grads), phi = value_and_gradients(reading, (params, values), hparams, "outer")
+    pairs = zip(originals, grads, strict=True)
+    return value, theta, phi, {original: grad for original, grad in pairs if grad.any()}
+
+
+def constants(
+    inner: Objective, params: Tree, hparams: Tree, originals: Iterable[Tensor]
+) -> list[Tensor]:
+    """Those of some buffers that f changes out of autograd's sight."""
+    if isinstance(inner, Averaged):
+        _, inner = next(inner.parts())
+    theta, phi = fresh_leaves(params), fresh_leaves(hparams)
+    buffers = Buffers(differentiable=True)
+    with buffers.carried():
+        evaluate(inner, theta, phi, RandomState(theta, phi), "inner", twice=True)
+    moved = {id(original) for original in buffers.moved()}
+    leaves = [*tr.leaves(theta), *tr.leaves(phi)]
+    return [
+        original
+        for original in originals
+        if id(original) in moved and not _depends(buffers.value(original), leaves)
+    ]
+
+
+def warn_of_constants(buffers: Buffers, originals: Sequence[Tensor]) -> None:
+    """Say which buffers the unrolled derivative takes for constants."""
+    # The power iterations of spectral norm: constants in PyTorch's own derivative of the layer.
+    names = [name for name in map(buffers.name, originals) if not name.endswith(("_u", "_v"))]
+    if names:
+        warnings.warn(
+            f"outer reads {_listed(names)}, which inner changes where autograd records nothing "
+            "(torch.no_grad, detach or .data): the hypergradient takes them for constants; change "
+            "them where gradients are recorded, or let outer do without them",
+            HypergradWarning,
+            stacklevel=4,
+        )
+
+
+def _depends(value: Tensor, leaves: Sequence[Tensor]) -> bool:
+    if not value.requires_grad:
+        return False
+    found = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)
+    return any(grad is not None for grad in found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few."""
+    shown = ", ".join(f"the buffer {name!r}" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
