@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hypergrad import tree as tr
-from hypergrad.isolation import RandomState, buffer_in_use, own_parameters_are_meant
+from hypergrad.isolation import (
+    RandomState,
+    buffer_in_use,
+    buffers_are_differentiable,
+    own_parameters_are_meant,
+)
 from hypergrad.kernels import is_twice_differentiable, twice_differentiable
 from hypergrad.replacing import Replacement
+from hypergrad.statistics import DifferentiableStatistics
 
 # The one private name, since there is no public way to a checkpoint of which only the function is
 # known that made it (Hugging Face keeps `checkpoint` itself): PyTorch makes one of these for each
@@ -153,6 +159,7 @@ class _Recomputation:
         tensors = [p for module in self._modules for p in module._parameters.values()]
         self._random_state = RandomState([t for t in tensors if t is not None])
         self._twice = is_twice_differentiable()
+        self._through_statistics = buffers_are_differentiable()
 
     def __call__(self, *args: Any) -> None:
         """Run it."""
@@ -162,6 +169,8 @@ class _Recomputation:
             stack.enter_context(checkpoints_followed())
             if self._twice:
                 stack.enter_context(twice_differentiable())
+            if self._through_statistics:
+                stack.enter_context(DifferentiableStatistics())
             _this_thread.modules = self._modules
             put_back = self._put_in()
             try:
@@ -208,8 +217,12 @@ class _Copy:
 
 
 def _kept(buffer: Tensor | None) -> Any:
-    if buffer is None or buffer.requires_grad:
+    if buffer is None:
         return buffer
+    if buffer.requires_grad:
+        # An argument of the caller's, or one that this run is about to change.
+        copied = buffers_are_differentiable()
+        return _Copy(buffer.detach().clone().requires_grad_()) if copied else buffer
     value = buffer_in_use(buffer)
     # All layers of a model that are checkpointed one by one share the copies.
     version = 0 if value.is_inference() else value._version

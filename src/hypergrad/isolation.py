@@ -218,6 +218,11 @@ def buffer_in_use(buffer: Tensor) -> Tensor:
     return buffer if carried is None or _this_thread.inside_a_module else carried.start(buffer)
 
 
+def buffers_are_differentiable() -> bool:
+    """Whether modules that this thread calls leave buffers with the graph that made them."""
+    return _this_thread.carried is not None and _this_thread.carried.differentiable
+
+
 class _ThreadState(threading.local):
     isolating = False
     refusing = False
@@ -274,8 +279,7 @@ def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _call_inside(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``module(*args, **kwargs)``, differentiable in its statistics where buffers are."""
-    carried = _this_thread.carried
-    if carried is None or not carried.differentiable or not module._buffers:
+    if not module._buffers or not buffers_are_differentiable():
         return _plain_call(module, *args, **kwargs)
     with DifferentiableStatistics():
         return _plain_call(module, *args, **kwargs)
