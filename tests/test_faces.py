@@ -155,24 +155,6 @@ def point() -> tuple[Params, Params]:
     return tuple(t.double() for t in theta), tuple(t.double() for t in phi)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_results_carry_a_graph_where_the_parameters_require_gradients(method: Any) -> None:
-    """Exactly the derivative of the numbers: of the terms, of the columns, of the solution."""
-    theta, phi = point()
-    assert not any(grad.requires_grad for grad in method(inner, outer, theta, phi))
-    tensors = tuple(tensor.requires_grad_() for tensor in theta + phi)
-
-    def grads(*some: Tensor) -> Params:
-        return method(inner, outer, some[:2], some[2:])
-
-    with torch.no_grad():
-        plain = grads(*tensors)
-        assert not any(grad.requires_grad for grad in plain)
-    for got, expected in zip(grads(*tensors), plain, strict=True):
-        torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(grads, tensors)
-
-
 def test_an_approximation_of_your_own_by_position_and_by_name() -> None:
     theta, phi = point()
     H_mixed = torch.func.jacrev(torch.func.grad(inner), argnums=1)(theta, phi)
@@ -190,27 +172,6 @@ def test_an_approximation_of_your_own_by_position_and_by_name() -> None:
     by_name = named(out_params=phi, in_params=theta, outer_obj=outer, inner_obj=inner)
     assert torch.equal(by_name[0], by_position[0])
     assert named.__name__ == "named"
-
-
-def test_without_a_graph_of_second_derivatives_there_is_none_of_the_result() -> None:
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.square()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return 2 * ctx.saved_tensors[0] * grad
-
-    theta, phi = point()
-    phi[0].requires_grad_()
-    with pytest.warns(hg.DoubleBackwardWarning, match="Square"):
-        grads = conjugate_gradient(
-            lambda w, c: inner(w, c) + Square.apply(w[0]).sum(), outer, theta, phi, 5
-        )
-    assert not grads[0].requires_grad
 
 
 @pytest.mark.parametrize("lr", [0, 0.0, torch.tensor(0.0)])
@@ -269,17 +230,6 @@ def test_foreach() -> None:
         utils.foreach(p1, p2[:1], torch.add)
     assert utils.Params is not None
     assert utils.Objective is not None
-
-
-def test_hvp_carries_a_graph_where_its_arguments_require_gradients() -> None:
-    theta, phi = point()
-    tensors = tuple(tensor.requires_grad_() for tensor in theta + phi)
-    assert torch.autograd.gradcheck(
-        lambda *some: utils.hvp(lambda w: inner(w, phi), some[:2], some[2:]), tensors
-    )
-    assert torch.autograd.gradcheck(
-        lambda *some: utils.hvp(lambda w: inner(w, phi), theta, some, rev_only=True), tensors[2:]
-    )
 
 
 def test_a_vector_is_cut_into_tensors() -> None:

@@ -1,12 +1,15 @@
-"""Hypergradients that carry a graph: functions of the θ and φ at which they were computed.
+"""Hypergradients that carry a graph: functions of the θ and φ at which they are computed.
 
     h(θ, φ) = ∂_φ g − (∂_φ F)ᵀ v(θ, φ),   F = ∇_θ f
 
-Its derivative is that of what the solver computes: of the terms of a Neumann series, of the columns
-of a Nyström sketch, and of the solution itself for solvers that iterate until they have it.
+Its derivatives are those of what the solver computes: of the terms of a Neumann series, of the
+columns of a Nyström sketch, and of the solution itself for solvers that iterate until they have it.
+Inside the transforms of ``torch.func`` everything is computed here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,17 +17,73 @@ from torch import Tensor
 from hypergrad import block as bl
 from hypergrad import tree as tr
 from hypergrad.adjoint import Adjoint
+from hypergrad.adjoint import inner as inner_product
 from hypergrad.conditions import Minimum
 from hypergrad.errors import DoubleBackwardError
-from hypergrad.evaluation import Objective, evaluate, filled, gradient, leaving_no_trace
-from hypergrad.implicit import Hypergradient
+from hypergrad.evaluation import Objective
+from hypergrad.implicit_function import needs_graph
 from hypergrad.isolation import RandomState
-from hypergrad.linsolve import LinearSolver, Neumann, Nystrom
+from hypergrad.linsolve import CG, LinearSolver, Neumann, Nystrom
 from hypergrad.operators import Hessian, LinearOperator, Mode, hessian
 from hypergrad.operators.base import SymmetricOperator, one_by_one
-from hypergrad.operators.kept_graph import check_differentiable
-from hypergrad.partial import Tensors
+from hypergrad.partial import Tensors, partial_gradient
 from hypergrad.tree import Tree
+
+
+def differentiable_hypergradient(
+    inner: Objective, outer: Objective, params: Tree, hparams: Tree, solver: LinearSolver
+) -> Tree:
+    """``h(θ, φ)`` with its graph, and without a look at how well the solver did.
+
+    Raises:
+        DoubleBackwardError: an operation has no second derivative.
+    """
+    operator = DifferentiableHessian(inner, params, hparams, solver)
+    theta, phi = tr.leaves(params), tr.leaves(hparams)
+    value = _of_leaves(outer, params, hparams)
+    slopes = partial_gradient(
+        lambda both: value(both[: len(theta)], both[len(theta) :]), [*theta, *phi]
+    )
+    u, direct = tr.unflatten_like((params, hparams), slopes)
+    if isinstance(solver, Neumann) and solver.step is not None:
+        v = _series(operator, u, solver.terms, solver.step)
+    elif isinstance(solver, Nystrom) and solver.columns is not None:
+        v = _woodbury(operator, u, torch.tensor(solver.columns), solver.rho)
+    else:
+        v = operator.solution(u)
+    return tr.map_leaves(torch.sub, direct, operator.vjp_outer(v))
+
+
+def with_graph(
+    numbers: Tree,
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    solver: LinearSolver,
+) -> Tree:
+    """``numbers``, the hypergradient, with the graph of ``h`` if a parameter requires gradients.
+
+    Where an operation has no second derivative they come back as they are: the solve has gone on
+    with finite differences, and said so.
+    """
+    if not needs_graph(tr.leaves((params, hparams))):
+        return numbers
+    try:
+        graph = differentiable_hypergradient(inner, outer, params, hparams, solver)
+    except DoubleBackwardError:
+        return numbers
+    # The numbers are those of the solve that was checked, the derivative is the graph's.
+    return tr.map_leaves(lambda n, g: n + (g - g.detach()), numbers, graph)
+
+
+def hessian_at(
+    inner: Objective, params: Tree, hparams: Tree, *more: Tree, mode: Mode = "auto"
+) -> Hessian | DifferentiableHessian:
+    """The Hessian of ``inner``, with a graph if a tensor of these trees requires gradients."""
+    if needs_graph(tr.leaves((params, hparams, *more))):
+        return DifferentiableHessian(inner, params, hparams)
+    return hessian(inner, params, hparams, mode=mode)
 
 
 class DifferentiableHessian(SymmetricOperator):
@@ -34,25 +93,21 @@ class DifferentiableHessian(SymmetricOperator):
         inner: ``f(params, hparams)``.
         params: θ.
         hparams: φ.
-
-    Raises:
-        DoubleBackwardError: an operation of ``inner`` has no second derivative.
+        solver: for :meth:`solution`.
     """
 
-    def __init__(self, inner: Objective, params: Tree, hparams: Tree) -> None:
-        self.params, self.hparams = tr.map_leaves(_view, params), tr.map_leaves(_view, hparams)
-        with leaving_no_trace(twice=True):
-            state = RandomState(params, hparams)
-            value = evaluate(inner, self.params, self.hparams, state, "inner", twice=True)
-            grads = gradient(value, self.params, create_graph=True)
-            views = tr.leaves((self.params, self.hparams))
-            check_differentiable([grad for grad in grads if grad is not None], [value], views)
-            self._gradient = filled(grads, self.params)
+    def __init__(
+        self, inner: Objective, params: Tree, hparams: Tree, solver: LinearSolver = CG()
+    ) -> None:
+        self._params, self._hparams = params, hparams
+        self._theta, self._phi = tr.leaves(params), tr.leaves(hparams)
+        value = _of_leaves(inner, params, hparams)
+        self._conditions = Minimum(value, solver, 0.0, "ignore", None)
 
     @property
     def like(self) -> Tree:
         """The inner parameters."""
-        return self.params
+        return self._params
 
     @property
     def lower_bound(self) -> float:
@@ -66,7 +121,11 @@ class DifferentiableHessian(SymmetricOperator):
 
     def matvec(self, vector: Tree) -> Tree:
         """``H v``."""
-        return self._pulled(vector, self.params)
+
+        def slope(theta: Tensors) -> Tensor:
+            return inner_product(self._conditions.optimality(theta, self._phi), tr.leaves(vector))
+
+        return tr.unflatten_like(self._params, partial_gradient(slope, self._theta))
 
     def multiply_chunk(self, block: Tree) -> Tree:
         """``H V``, vector by vector."""
@@ -74,87 +133,40 @@ class DifferentiableHessian(SymmetricOperator):
 
     def vjp_outer(self, vector: Tree) -> Tree:
         """``(∂_φ F)ᵀ v``."""
-        return self._pulled(vector, self.hparams)
 
-    def _pulled(self, vector: Tree, inputs: Tree) -> Tree:
-        # As a vector-Jacobian product: the slope of ⟨F, v⟩ would be that of v as well, where v
-        # depends on the same inputs.
-        pairs = zip(tr.leaves(self._gradient), tr.leaves(vector), strict=True)
-        moving = [(F, v.to(F.dtype)) for F, v in pairs if F.requires_grad]
-        if not moving:
-            return tr.zeros_like(inputs)
-        with leaving_no_trace(twice=True):
-            outputs, vectors = zip(*moving, strict=True)
-            every = tr.leaves(inputs)
-            grads = torch.autograd.grad(
-                outputs, every, vectors, create_graph=True, allow_unused=True
-            )
-            return filled(grads, inputs)
+        def slope(phi: Tensors) -> Tensor:
+            return inner_product(self._conditions.optimality(self._theta, phi), tr.leaves(vector))
+
+        return tr.unflatten_like(self._hparams, partial_gradient(slope, self._phi))
+
+    def solution(self, rhs: Tree) -> Tree:
+        """The v with ``H v = u``, whatever way it is found; exact derivatives of an exact v."""
+        leaves = self._theta + self._phi + tr.leaves(rhs)
+        solved = Adjoint.apply(self._conditions, len(self._theta), False, False, *leaves)
+        return tr.unflatten_like(self._params, solved)
 
 
-def hessian_at(
-    inner: Objective, params: Tree, hparams: Tree, *more: Tree, mode: Mode = "auto"
-) -> Hessian | DifferentiableHessian:
-    """The Hessian of ``inner``, with a graph if a tensor of these trees requires gradients."""
-    if carry_graph(params, hparams, *more):
-        return DifferentiableHessian(inner, params, hparams)
-    return hessian(inner, params, hparams, mode=mode)
+def _of_leaves(
+    objective: Objective, params: Tree, hparams: Tree
+) -> Callable[[Tensors, Tensors], Tensor]:
+    """``objective`` as a function of the leaves of two such trees, always with the same masks."""
+    state = RandomState(params, hparams)
 
-
-def carry_graph(*trees: Tree) -> bool:
-    """Whether what is computed from these trees is to carry a graph."""
-    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tr.leaves(trees))
-
-
-def with_graph(
-    found: Hypergradient,
-    solver: LinearSolver,
-    inner: Objective,
-    outer: Objective,
-    params: Tree,
-    hparams: Tree,
-) -> Tree:
-    """``found.grads``, as a function of ``params`` and ``hparams`` if one requires gradients.
-
-    Where an operation has no second derivative they come back as they are: the solve has gone on
-    with finite differences, and said so.
-    """
-    if not carry_graph(params, hparams):
-        return found.grads
-    try:
-        operator = DifferentiableHessian(inner, params, hparams)
-    except DoubleBackwardError:
-        return found.grads
-    theta, phi = operator.params, operator.hparams
-    with leaving_no_trace(twice=True):
-        value = evaluate(outer, theta, phi, RandomState(params, hparams), "outer", twice=True)
-        slopes = gradient(value, (theta, phi), create_graph=True)
-        u, direct = filled(slopes, (theta, phi))
-        if isinstance(solver, Neumann):
-            v = solver.solve_scaled(operator, u, 1.0).x
-        elif isinstance(solver, Nystrom) and solver.columns is not None:
-            v = _woodbury(operator, u, torch.tensor(solver.columns), solver.rho)
-        else:
-            v = _solution(inner, solver, theta, phi, u)
-        graph = tr.subtract(direct, operator.vjp_outer(v))
-        # The numbers are those of the solve that was checked, the derivative is the graph's.
-        return tr.map_leaves(lambda n, g: n + (g - g.detach()), found.grads, graph)
-
-
-def _solution(inner: Objective, solver: LinearSolver, theta: Tree, phi: Tree, u: Tree) -> Tree:
-    """The solution v of ``H v = u``, whatever way it was found."""
-    state = RandomState(theta, phi)
-
-    def function(params: Tensors, tensors: Tensors) -> Tensor:
+    def value(theta: Tensors, phi: Tensors) -> Tensor:
         with state.replayed():
-            return inner(tr.unflatten_like(theta, params), tr.unflatten_like(phi, tensors))
+            found = objective(tr.unflatten_like(params, theta), tr.unflatten_like(hparams, phi))
+            return found.reshape(())
 
-    leaves = tr.leaves(theta)
-    conditions = Minimum(function, solver, 0.0, "ignore", None)
-    solved = Adjoint.apply(
-        conditions, len(leaves), False, False, *leaves, *tr.leaves(phi), *tr.leaves(u)
-    )
-    return tr.unflatten_like(theta, solved)
+    return value
+
+
+def _series(operator: LinearOperator, u: Tree, terms: int, step: float) -> Tree:
+    """``step Σ_{k<terms} (I − step H)^k u``, without the norms that say whether it converges."""
+    total = term = u
+    for _ in range(terms - 1):
+        term = tr.map_leaves(lambda t, p: t - step * p, term, operator.matvec(term))
+        total = tr.map_leaves(torch.add, total, term)
+    return tr.map_leaves(lambda t: step * t, total)
 
 
 def _woodbury(operator: LinearOperator, u: Tree, columns: Tensor, rho: float) -> Tree:
@@ -163,8 +175,3 @@ def _woodbury(operator: LinearOperator, u: Tree, columns: Tensor, rho: float) ->
     b = bl.to_flat(u)
     small = torch.linalg.pinv(C[:, columns.to(C.device)] + C @ C.T / rho, hermitian=True)
     return bl.from_flat(b / rho - C.T @ (small @ (C @ b)) / rho**2, u)
-
-
-def _view(leaf: Tensor) -> Tensor:
-    """A tensor that what is computed from ``leaf`` elsewhere does not pass through."""
-    return leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
