@@ -18,6 +18,31 @@ def check_keys(packed: Any, keys: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be a dict with the keys {sorted(keys)}, got {got}")
 
 
+def check_like(value: Any, like: Any, name: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is built as ``like`` is, of tensors of the same shapes.
+
+    Args:
+        value: dicts, lists, tensors, numbers and strings.
+        like: the same; its numbers and the values in its tensors do not count.
+        name: what to call ``value`` in errors.
+    """
+    if isinstance(like, dict):
+        check_keys(value, tuple(like), name)
+        for key, entry in like.items():
+            check_like(value[key], entry, f"{name}[{key!r}]")
+    elif isinstance(like, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or len(value) != len(like):
+            got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+            raise ValueError(f"{name} must be a list of {len(like)} entries, got {got}")
+        for i, (own, entry) in enumerate(zip(value, like, strict=True)):
+            check_like(own, entry, f"{name}[{i}]")
+    elif isinstance(like, Tensor):
+        if not _fits(value, like) or value.dtype != like.dtype:
+            raise ValueError(f"{name} must be {_words(like)}, got {_words(value)}")
+    elif type(value) is not type(like):
+        raise ValueError(f"{name} must be of type {type(like).__name__}, got {_words(value)}")
+
+
 def from_leaves(values: Any, like: Tree, name: str, reference_name: str) -> Tree:
     """The tree with the leaves ``values``, in the structure and on the devices of ``like``.
 
@@ -81,6 +106,7 @@ def set_generator_state(generator: torch.Generator | None, state: Tensor | None)
 def _fits(value: Any, leaf: Tensor) -> bool:
     return (
         isinstance(value, Tensor)
+        and value.layout == leaf.layout
         and value.shape == leaf.shape
         and torch.promote_types(value.dtype, leaf.dtype) == value.dtype
     )

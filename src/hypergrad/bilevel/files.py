@@ -1,14 +1,20 @@
-"""Checkpoint files: written whole or not at all, and refused in words when they are not ours."""
+"""Checkpoint files: written whole or not at all, and read only if every byte is the one written.
+
+A file is what ``torch.save`` writes, a ZIP archive, whose comment is the SHA-256 of all before it:
+``torch.load`` and any other reader of archives take it as it is.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
+import secrets
 import shutil
 from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -16,26 +22,36 @@ from hypergrad.errors import CheckpointError
 
 FORMAT = "hypergrad.BilevelSolver"
 VERSION = 1
+_MARK = b"hypergrad sha256 "
+_DIGITS = hashlib.sha256().digest_size * 2
+_CHUNK = 2**20
 
 
 def write(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` so that ``path`` holds either what it held before or all of it.
 
-    A temporary file beside it is written, flushed to the disk and renamed.
+    A temporary file in the same folder is written, flushed to the disk and renamed.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
-        TypeError: ``state`` holds something that :func:`read` would refuse; likewise.
+        TypeError: ``state`` holds something that :func:`read` would refuse; ``path`` is as it was.
     """
     check_plain(state, "the state")
     path.parent.mkdir(parents=True, exist_ok=True)
     # In memory first: torch.save reports a full disk in words of its own.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    content = buffer.getbuffer()
+    # The last field of an archive is the length of its comment.
+    content[-2:] = (len(_MARK) + _DIGITS).to_bytes(2, "little")
+    digest = hashlib.sha256(content)
+    digest.update(_MARK)
+    # Two processes that write one folder must not share a temporary file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
+            file.write(_MARK + digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -56,19 +72,50 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            _verify(file, path)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({path.stat().st_size} bytes): "
+            f"{path} is damaged or no checkpoint: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of a hypergrad.BilevelSolver")
-    if state["version"] != VERSION:
+    if (version := state.pop("version", None)) != VERSION:
         raise CheckpointError(
-            f"{path} has version {state['version']} of the format, this hypergrad reads {VERSION}"
+            f"{path} has version {version} of the format, this hypergrad reads {VERSION}"
         )
     return state
+
+
+def sha256(file: BinaryIO, size: int) -> str:
+    """The SHA-256 of the next ``size`` bytes of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    while size > 0 and (chunk := file.read(min(size, _CHUNK))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _verify(file: BinaryIO, path: Path) -> None:
+    """Raise ``CheckpointError`` unless the file ends with the checksum of all before it."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(size - _DIGITS - len(_MARK), 0))
+    mark, written = file.read(len(_MARK)), file.read()
+    if mark != _MARK:
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint: it has no checksum at its end ({size} bytes)"
+        )
+    file.seek(0)
+    if sha256(file, size - _DIGITS).encode() != written:
+        raise CheckpointError(
+            f"{path} is damaged: its content is not the one that was written, by the checksum at "
+            f"its end ({size} bytes)"
+        )
+    file.seek(0)
 
 
 def check_plain(value: Any, where: str) -> None:
@@ -101,8 +148,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder, if it is there."""
-    if path.is_dir():
+    """Remove a checkpoint, file or folder, if it is there; of a symbolic link, the link."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,12 +1,14 @@
 """Checkpoints of several ranks: a folder that ``torch.distributed.checkpoint`` writes.
 
 Each rank writes what it has of the tensors, and any number of ranks reads them again. The rest of
-the state is one small file beside them, in which a tensor is a number.
+the state is one small file in the same folder, in which a tensor is a number. That file also has
+the SHA-256 of every other one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from hypergrad.errors import CheckpointError, DistributedError
 from hypergrad.tree import Tree
 
 REST = "state.pt"
-_TENSOR = "tensor"
+_TENSOR = "hypergrad tensor"
 
 
 def write(state: dict[str, Any], path: Path, ranks: Ranks) -> None:
@@ -35,25 +37,32 @@ def write(state: dict[str, Any], path: Path, ranks: Ranks) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    from hypergrad.bilevel.parts import parts_of
+
     tensors: dict[str, Tensor] = {}
     rest = _without_tensors(state, tensors)
     files.check_plain(rest, "the state")
-    temporary = path.with_name(f"{path.name}.tmp")
+    token = ranks.gathered(secrets.token_hex(4))[0]
+    temporary = path.with_name(f"{path.name}.{token}.tmp")
 
-    def begin() -> None:
-        files.remove(temporary)
-        temporary.mkdir(parents=True)
+    def names() -> list[str]:
+        return sorted(file.name for file in temporary.iterdir())
 
-    def finish() -> None:
-        files.write(rest, temporary / REST)
+    def finish(digests: dict[str, str], parts: dict[str, Any]) -> None:
+        files.write({"state": rest, "files": digests, "parts": parts}, temporary / REST)
         files.remove(path)
         temporary.replace(path)
         files.flush_folder(path.parent)
 
     try:
-        ranks.first(begin)
-        save(tensors, checkpoint_id=temporary, process_group=ranks.group)
-        ranks.first(finish)
+        ranks.first(lambda: temporary.mkdir(parents=True))
+        metadata = save(tensors, checkpoint_id=temporary, process_group=ranks.group)
+        every = ranks.gathered(ranks.together(names))[0]
+        shares = ranks.gathered(
+            ranks.together(lambda: _digests(temporary, every[ranks.rank :: ranks.size]))
+        )
+        digests = {name: digest for share in shares for name, digest in share.items()}
+        ranks.first(lambda: finish(digests, parts_of(metadata)))
     except (DistributedError, CheckpointException) as error:
         if ranks.rank == 0:
             with contextlib.suppress(OSError):
@@ -65,22 +74,47 @@ def read(path: Path, params: Tree, ranks: Ranks | None) -> dict[str, Any]:
     """The state in a folder, sharded like ``params`` where it was sharded when it was written.
 
     Raises:
-        FileNotFoundError: there is none.
         CheckpointError: it is damaged, foreign, or of a later version.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    rest = files.read(path / REST)
+    from hypergrad.bilevel.parts import Reader, plain_name
+
     sharded = next((leaf for leaf in tr.leaves(params) if pl.is_distributed(leaf)), None)
-    tensors: dict[str, Tensor] = {}
-    build = _with_tensors(rest, tensors, sharded)
+
+    def begin() -> tuple[Callable[[], Any], dict[str, Tensor], Reader]:
+        saved = files.read(path / REST)
+        digests = saved["files"]
+        for name in digests:
+            if not plain_name(name):
+                raise ValueError(f"{REST} must name files in its own folder, got {name!r}")
+        mine = sorted(digests)
+        if ranks is not None:
+            mine = mine[ranks.rank :: ranks.size]
+        for name, digest in _digests(path, mine).items():
+            if digest != digests[name]:
+                raise ValueError(f"{name} is not the file that was written, by its checksum")
+        tensors: dict[str, Tensor] = {}
+        build = _with_tensors(saved["state"], tensors, sharded)
+        return build, tensors, Reader(path, saved["parts"], tensors, digests)
+
     try:
+        build, tensors, reader = begin() if ranks is None else ranks.together(begin)
         group = None if ranks is None else ranks.group
-        load(tensors, checkpoint_id=path, process_group=group, no_dist=ranks is None)
+        load(tensors, storage_reader=reader, process_group=group, no_dist=ranks is None)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return build()
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    """The SHA-256 of some files."""
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            found[name] = files.sha256(file, (folder / name).stat().st_size)
+    return found
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -121,7 +155,9 @@ def _with_tensors(value: Any, tensors: dict[str, Tensor], sharded: Any) -> Calla
 
 
 def _empty(description: dict[str, Any], sharded: Any) -> Tensor:
-    shape, dtype = description["shape"], getattr(torch, description["dtype"])
+    shape, dtype = description["shape"], getattr(torch, description["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a dtype must be one of PyTorch's, got {description['dtype']!r}")
     placements = description["placements"]
     if placements is None or sharded is None:
         return torch.empty(shape, dtype=dtype)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from hypergrad.linsolve import Status
+from hypergrad.packing import check_keys, check_like
 
 Value: TypeAlias = float | str | None
 """An entry of the table: a number, the name of a status, or nothing."""
@@ -171,6 +172,19 @@ class History:
             "status": [_STATUSES.index(status) for status in self._status],
             "hparams": list(self._hparams),
         }
+
+    def check_state(self, state: Any) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
+        check_keys(state, ("columns", "status", "hparams"), "the history")
+        columns, status, hparams = state["columns"], state["status"], state["hparams"]
+        if not (isinstance(columns, dict) and isinstance(status, list)):
+            raise ValueError("the history must have a dict of columns and a list of statuses")
+        rows = torch.empty(len(status), dtype=torch.float64)
+        check_like(columns, dict.fromkeys(columns, rows), "the columns of the history")
+        if any(type(code) is not int or not 0 <= code < len(_STATUSES) for code in status):
+            raise ValueError(f"the statuses of the history must be below {len(_STATUSES)}")
+        if not isinstance(hparams, list) or not set(hparams) <= columns.keys():
+            raise ValueError("the history must have a list of columns that are outer parameters")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""

@@ -16,15 +16,19 @@ from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.outer import OuterStep
 from hypergrad.bilevel.procedures import Procedure
 from hypergrad.bilevel.snapshot import (
+    check_method_state,
+    check_random_states,
     method_parts,
     method_state,
     random_states,
     set_method_state,
     set_random_states,
 )
+from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.training import naming
 from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import HypergradWarning, NonFiniteError
+from hypergrad.packing import check_keys, check_like
 from hypergrad.tree import Tree
 
 Restart: TypeAlias = Literal["initial"] | Callable[[], Tree | None] | None
@@ -103,7 +107,7 @@ class Loop:
         begun = self.outer_step > 0 and self.outer_step % self._restart_every == 0
         if begun and self._restart is not None:
             self._restart_inner()
-        streams = levels.inner_stream, levels.outer_stream
+        streams = self._streams()
         with naming(lambda: f"outer step {self.outer_step} ({'; '.join(map(str, streams))})"):
             losses, estimate = self._procedure.advance(self._inner_steps)
             norm = self._outer.apply(estimate.grads, estimate.outer_value)
@@ -126,36 +130,50 @@ class Loop:
         """Everything that the next steps depend on."""
         return {
             "outer_step": self.outer_step,
-            "streams": [
-                stream.state_dict()
-                for stream in (self._levels.inner_stream, self._levels.outer_stream)
-            ],
+            "streams": [stream.state_dict() for stream in self._streams()],
             "parts": [part.state_dict() for part in self._parts()],
             "method": method_state(self._method),
             "random": random_states(self._levels.inner_stream.device),
         }
 
+    def check_state(self, state: Any) -> None:
+        """Raise ``ValueError`` unless ``state`` is whole and fits this loop; nothing is changed."""
+        keys = ("outer_step", "streams", "parts", "method", "random")
+        check_keys(state, keys, "the state of the loop")
+        check_like(state["outer_step"], self.outer_step, "the outer step")
+        for what, own in (("streams", self._streams()), ("parts", self._parts())):
+            if not isinstance(state[what], list) or len(state[what]) != len(own):
+                raise ValueError(f"the state of the loop must have {len(own)} {what}")
+            for part, saved in zip(own, state[what], strict=True):
+                part.check_state(saved)
+        check_method_state(self._method, state["method"])
+        check_random_states(state["random"])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse.
+        """Go on from a state that :meth:`check_state` let pass.
 
         Raises:
-            CheckpointError, LoaderError: a loader cannot be brought to its position; nothing is
-                changed then.
+            CheckpointError, LoaderError: a loader cannot be brought to its position.
         """
-        streams = self._levels.inner_stream, self._levels.outer_stream
-        before = [stream.state_dict() for stream in streams]
-        try:
-            for stream, saved in zip(streams, state["streams"], strict=True):
-                stream.load_state_dict(saved)
-        except Exception:
-            for stream, own in zip(streams, before, strict=True):
-                stream.return_to(own)
-            raise
+        for stream, saved in zip(self._streams(), state["streams"], strict=True):
+            stream.load_state_dict(saved)
+        self._load_parts(state)
+
+    def return_to(self, state: dict[str, Any]) -> None:
+        """:meth:`load_state_dict`, but loaders go to their positions when they are used."""
+        for stream, saved in zip(self._streams(), state["streams"], strict=True):
+            stream.return_to(saved)
+        self._load_parts(state)
+
+    def _load_parts(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
         set_method_state(self._method, state["method"], self._levels.params.tree)
         self.outer_step = state["outer_step"]
         set_random_states(state["random"], self._levels.inner_stream.device)
+
+    def _streams(self) -> list[Stream]:
+        return [self._levels.inner_stream, self._levels.outer_stream]
 
     def _parts(self) -> list[Variables | Procedure | OuterStep]:
         return [self._levels.params, self._levels.hparams, self._procedure, self._outer]

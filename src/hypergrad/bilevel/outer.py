@@ -11,6 +11,7 @@ import torch
 from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.bilevel.training import (
+    check_optimizer_state,
     load_optimizer_state,
     one_lr,
     optimizer_state,
@@ -18,6 +19,7 @@ from hypergrad.bilevel.training import (
 )
 from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import NonFiniteError
+from hypergrad.packing import check_keys
 from hypergrad.tree import Tree
 
 # Up to so many outer parameters are recorded one by one.
@@ -102,6 +104,11 @@ class OuterStep:
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's and the scheduler's."""
         return optimizer_state(self._optimizer, self._scheduler)
+
+    def check_state(self, state: Any) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
+        check_keys(state, ("optimizer", "scheduler"), "the state of the outer step")
+        check_optimizer_state(state, self._optimizer, self._scheduler, "outer_optimizer")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""

@@ -12,7 +12,7 @@ from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.training import Trainer
 from hypergrad.errors import NonFiniteError
 from hypergrad.linsolve import Status
-from hypergrad.packing import from_leaves
+from hypergrad.packing import check_keys, from_leaves
 from hypergrad.single_loop import LoopState, SingleLoop
 from hypergrad.tree import Tree
 
@@ -44,7 +44,11 @@ class Procedure(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside the parameters, in plain containers."""
+        """What the next step depends on, without the parameters, in plain containers."""
+
+    @abstractmethod
+    def check_state(self, state: Any) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -110,6 +114,13 @@ class Alternating(Trained):
         solution = None if self._solution is None else tr.leaves(self._solution)
         return {"trainer": self._trainer.state_dict(), "solution": solution}
 
+    def check_state(self, state: Any) -> None:
+        """The trainer's, and the warm start."""
+        check_keys(state, ("trainer", "solution"), "the state of the method")
+        self._trainer.check_state(state["trainer"])
+        if state["solution"] is not None:
+            from_leaves(state["solution"], self._levels.params.tree, "the warm start", "params")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self._trainer.load_state_dict(state["trainer"])
@@ -169,6 +180,17 @@ class Together(Trained):
         """The trainer's, and what the method remembers."""
         packed = None if self._state is None else self._method.pack(self._state)
         return {"trainer": self._trainer.state_dict(), "loop": packed}
+
+    def check_state(self, state: Any) -> None:
+        """The trainer's, and what the method remembers."""
+        check_keys(state, ("trainer", "loop"), "the state of the method")
+        self._trainer.check_state(state["trainer"])
+        if state["loop"] is not None:
+            # SABA's generator would go on from the state.
+            generator = getattr(self._method, "generator", None)
+            scratch = {} if generator is None else {"generator": generator.clone_state()}
+            trees = self._levels.params.tree, self._levels.hparams.tree
+            replace(self._method, **scratch).unpack(state["loop"], *trees)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""

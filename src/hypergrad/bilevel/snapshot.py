@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hypergrad.linsolve import Preconditioner
+from hypergrad.packing import check_generator_state, check_keys
 from hypergrad.single_loop import SingleLoop
 from hypergrad.tree import Tree
 
@@ -39,6 +40,23 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
         np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002 - the one that users share
 
 
+def check_random_states(states: Any) -> None:
+    """Raise ``ValueError`` unless :func:`set_random_states` could go on from ``states``."""
+    name = "the random states"
+    needed = {"cpu", "python"}
+    if not isinstance(states, dict) or not needed <= states.keys():
+        raise ValueError(f"{name} must have those of {', '.join(sorted(needed))}")
+    check_generator_state(torch.Generator(), states["cpu"], f"{name}['cpu']")
+    try:
+        random.Random().setstate(states["python"])
+        if "numpy" in states:
+            import numpy as np
+
+            np.random.RandomState().set_state(tuple(states["numpy"]))
+    except (IndexError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be those of generators: {error}") from error
+
+
 def method_parts(method: Any) -> list[str]:
     """The kinds of what :func:`method_state` saves."""
     return [type(part).__name__ for part in _stateful_parts(method)]
@@ -53,6 +71,20 @@ def method_state(method: Any) -> list[Any]:
         part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         for part in _stateful_parts(method)
     ]
+
+
+def check_method_state(method: Any, states: Any) -> None:
+    """Raise ``ValueError`` unless :func:`set_method_state` could go on from ``states``."""
+    parts, name = list(_stateful_parts(method)), "the states of the method's parts"
+    if not isinstance(states, list) or len(states) != len(parts):
+        raise ValueError(f"{name} must be a list of {len(parts)}, got {type(states).__name__}")
+    for part, state in zip(parts, states, strict=True):
+        if isinstance(part, torch.Generator):
+            if state is None:
+                raise ValueError(f"{name} must have the state of each generator, got None")
+            check_generator_state(part, state, name)
+        else:
+            check_keys(state, tuple(part.state_dict()), name)
 
 
 def set_method_state(method: Any, states: list[Any], params: Tree) -> None:

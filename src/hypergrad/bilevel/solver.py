@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,9 +24,10 @@ from hypergrad.bilevel.training import signature
 from hypergrad.bilevel.variables import Variables
 from hypergrad.checks import check_count
 from hypergrad.distributed.ranks import mean_of_all, ranks_of
-from hypergrad.errors import CheckpointError, CheckpointWarning
+from hypergrad.errors import CheckpointError
 from hypergrad.linsolve import CG
 from hypergrad.optimizers import Optimizer
+from hypergrad.packing import check_keys, check_like
 from hypergrad.tree import Tree
 
 
@@ -320,15 +320,7 @@ class BilevelSolver:
             OSError: it cannot be written; what was there stays.
             TypeError: something has a state that a checkpoint cannot hold, such as a callback's.
         """
-        state = {
-            "problem": self._problem(),
-            "loop": self._loop.state_dict(),
-            "history": self.history.state_dict(),
-            "callbacks": [
-                (type(callback).__name__, callback.state_dict()) for callback in self._callbacks
-            ],
-        }
-        self.store.write(state, Path(path))
+        self.store.write(self._state(), Path(path))
 
     def load(self, path: Path | str) -> None:
         """Go back to what :meth:`save` wrote, of a solver that was built alike.
@@ -342,30 +334,16 @@ class BilevelSolver:
         self._restore(self.store.read(Path(path), self.params), Path(path))
 
     def resume(self, folder: Path | str) -> bool:
-        """:meth:`load` the newest checkpoint of a folder that can be read; whether there was one.
+        """:meth:`load` the newest checkpoint of a folder that can be loaded; whether there was one.
 
-        A damaged file is set aside (``.damaged``) with a :class:`hg.CheckpointWarning` that says
-        what is wrong with it, and the one before it is used.
+        One that cannot is set aside (``.damaged``, or ``.refused`` where it is whole but does not
+        fit) with a :class:`hg.CheckpointWarning` that says why, and the one before it is used.
 
         Raises:
-            CheckpointError: the checkpoints are of another problem, or all of them are damaged.
+            CheckpointError: there are checkpoints, and none of them can be loaded; why not the
+                newest. Nothing is changed.
         """
-        damaged: list[tuple[Path, CheckpointError]] = []
-        for path in self.store.found(Path(folder)):
-            try:
-                saved = self.store.read(path, self.params)
-            except CheckpointError as error:
-                damaged.append((path, error))
-                continue
-            self._restore(saved, path)
-            for bad, why in damaged:
-                warnings.warn(f"{why}; {path} is used", CheckpointWarning, stacklevel=2)
-                if self.is_first_rank:
-                    bad.replace(bad.with_name(bad.name + ".damaged"))
-            return True
-        if damaged:
-            raise damaged[0][1]
-        return False
+        return self.store.load_newest(Path(folder), self.params, self._restore)
 
     def _stopped(self) -> bool:
         return self.stop_reason is not None
@@ -397,14 +375,50 @@ class BilevelSolver:
     def _problem(self) -> dict[str, Any]:
         return {**self._loop.problem(), "optimizers": self._optimizers}
 
+    def _state(self) -> dict[str, Any]:
+        return {
+            "problem": self._problem(),
+            "loop": self._loop.state_dict(),
+            "history": self.history.state_dict(),
+            "callbacks": [
+                (type(callback).__name__, callback.state_dict()) for callback in self._callbacks
+            ],
+        }
+
     def _restore(self, saved: dict[str, Any], path: Path) -> None:
-        for key, here in self._problem().items():
-            if saved["problem"][key] != here:
+        self.store.together(lambda: self._check(saved, path))
+        before = self._state()
+        try:
+            self.store.together(lambda: self._take(saved, self._loop.load_state_dict))
+        except BaseException as error:
+            self._take(before, self._loop.return_to)
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+            raise
+
+    def _check(self, saved: dict[str, Any], path: Path) -> None:
+        """Raise unless ``saved`` is whole and of this problem; nothing is changed."""
+        try:
+            check_keys(saved, ("problem", "loop", "history", "callbacks"), "the state")
+            here = self._problem()
+            check_keys(saved["problem"], tuple(here), "the problem")
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not whole: {error}") from error
+        for key, own in here.items():
+            if saved["problem"][key] != own:
                 raise CheckpointError(
-                    f"{path} is of another problem: {key} there {saved['problem'][key]}, here "
-                    f"{here}"
+                    f"{path} is of another problem: {key} there {saved['problem'][key]}, here {own}"
                 )
-        self._loop.load_state_dict(saved["loop"])
+        try:
+            self._loop.check_state(saved["loop"])
+            self.history.check_state(saved["history"])
+            for kind, state in saved["callbacks"]:
+                check_like([kind, state], ["", state], "the state of a callback")
+        except Exception as error:
+            raise CheckpointError(f"{path} is not whole: {error}") from error
+
+    def _take(self, saved: dict[str, Any], take_loop: Callable[[dict[str, Any]], None]) -> None:
+        take_loop(saved["loop"])
         self.history.load_state_dict(saved["history"])
         # By kind and order: the callbacks of this run may be others.
         states: dict[str, list[Any]] = {}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hypergrad.bilevel import files, folders
 from hypergrad.distributed.ranks import Ranks
+from hypergrad.errors import CheckpointError, CheckpointWarning
 from hypergrad.tree import Tree
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,73 @@ class Store:
             FileNotFoundError: there is no such checkpoint.
             CheckpointError: it is damaged, foreign, or of a later version.
         """
-        return folders.read(path, params, self.ranks) if path.is_dir() else files.read(path)
+        if self.ranks is None:
+            return folders.read(path, params, None) if path.is_dir() else files.read(path)
+        # As the first rank sees it: ranks that took different ways would wait for each other.
+        there, folder = self.ranks.gathered((path.exists(), path.is_dir()))[0]
+        if not there:
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        if folder:
+            return folders.read(path, params, self.ranks)
+        return self.together(lambda: files.read(path))
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """``work()``; if it raises on one rank, all raise.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        try:
+            return work() if self.ranks is None else self.ranks.together(work)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(str(error) or type(error).__name__) from error
+
+    def load_newest(
+        self, folder: Path, params: Tree, restore: Callable[[dict[str, Any], Path], None]
+    ) -> bool:
+        """Hand the newest checkpoint that can be loaded to ``restore``; whether there was one.
+
+        Those that cannot are set aside under another name, with a warning.
+
+        Raises:
+            CheckpointError: none of them can be loaded; why not the newest.
+        """
+        failed: list[tuple[Path, Exception, str]] = []
+        for path in self.found(folder):
+            aside = ".damaged"
+            try:
+                saved = self.read(path, params)
+                aside = ".refused"
+                restore(saved, path)
+            except (CheckpointError, OSError) as error:
+                failed.append((path, error, aside))
+                continue
+            for bad, why, suffix in failed:
+                warnings.warn(f"{why}; {path} is used", CheckpointWarning, stacklevel=3)
+                if self.ranks is None or self.ranks.rank == 0:
+                    _set_aside(bad, suffix)
+            return True
+        if failed:
+            _, why, _ = failed[0]
+            raise why if isinstance(why, CheckpointError) else CheckpointError(str(why)) from why
+        return False
 
     def found(self, folder: Path) -> list[Path]:
         """:func:`checkpoints`, as the first rank sees them."""
         here = checkpoints(folder)
         return here if self.ranks is None else self.ranks.gathered(here)[0]
+
+
+def _set_aside(path: Path, suffix: str) -> None:
+    aside = path.with_name(path.name + suffix)
+    try:
+        # One of an earlier time may be in the way.
+        files.remove(aside)
+        path.replace(aside)
+    except OSError as error:
+        warnings.warn(f"{path} could not be renamed ({error})", CheckpointWarning, stacklevel=4)
 
 
 def checkpoints(folder: Path) -> list[Path]:

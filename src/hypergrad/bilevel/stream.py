@@ -18,6 +18,7 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.errors import CheckpointError, LoaderError
 from hypergrad.minibatch import check_batches
+from hypergrad.packing import check_like
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ class Stream:
     def state_dict(self) -> dict[str, int]:
         """Seed, pass and position."""
         return {"seed": self._seed, "epoch": self.epoch, "position": self.position}
+
+    def check_state(self, state: Any) -> None:
+        """Raise ``ValueError`` unless ``state`` is a position."""
+        name = f"the position of {self.name}"
+        check_like(state, self.state_dict(), name)
+        if state["epoch"] < -1 or state["position"] < 0:
+            raise ValueError(f"{name} must be a pass and a batch of it, got {state}")
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the pass again, and skip to the position.

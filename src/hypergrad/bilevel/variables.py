@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_structure, check_tree
+from hypergrad.packing import check_like
 from hypergrad.tree import Tree
 
 
@@ -116,6 +117,11 @@ class Variables:
         """Leave no gradient behind."""
         for own in self.leaves:
             own.grad = None
+
+    def check_state(self, state: Any) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` could copy ``state`` back."""
+        own = {"leaves": self.leaves, "rest": self._rest()}
+        check_like(state, own, f"the state of {self.name}")
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors, and of the buffers and frozen parameters of the module."""
