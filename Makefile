@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data examples pages docs test lint format types bench bench-peers clean
+.PHONY: help install demo data examples pages docs test test-long attacks lint format types bench bench-peers clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,7 +55,13 @@ docs: $(STAMP) ## Build the documentation into site/, strictly, and check its li
 	$(BIN)/linkchecker --no-status --no-warnings site/index.html
 
 test: $(STAMP) ## Run the tests, a process for each core
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not long"
+
+test-long: $(STAMP) ## Run the tests that take minutes: a thousand damaged files, more kills
+	$(BIN)/python -m pytest -n auto -m long
+
+attacks: $(STAMP) ## Count what damaged files, planted pickles and odd inputs achieve
+	$(BIN)/python tests/attacks.py
 
 lint: $(STAMP) ## Check style and format
 	$(BIN)/ruff check

@@ -14,10 +14,12 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 # Before anything is computed: the threads of a parent are not there after a fork.
 torch.set_num_threads(1)
@@ -35,7 +37,11 @@ METHODS: dict[str, Any] = {
     ),
     "unrolled": hg.Unrolled,
     "soba": hg.single_loop.SOBA,
+    "saba": hg.single_loop.SABA,
+    "iterable": bl.T1T2,
+    "persistent": bl.T1T2,
 }
+SINGLE = ("soba", "saba")
 OUTER_STEPS = 30
 
 
@@ -44,9 +50,10 @@ def run(method: str, folder: Path, result: Path) -> None:
     solver = digits_solver(
         METHODS[method](),
         workers=2,
-        inner_steps=1 if method == "soba" else 2,
+        inner_steps=1 if method in SINGLE else 2,
         outer_steps=OUTER_STEPS,
         callbacks=[bl.Checkpoint(folder), bl.JSONL(folder / "log.jsonl")],
+        **loaders(method),
     )
     solver.resume(folder)
     solver.run()
@@ -55,6 +62,34 @@ def run(method: str, folder: Path, result: Path) -> None:
     unfinished = result.with_suffix(".unfinished")
     torch.save({**state, "losses": solver.history["outer_loss"]}, unfinished)
     unfinished.replace(result)
+
+
+class Rows(IterableDataset[Any]):
+    """Rows of digits in order, each worker its own."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for i in range(first, 200, step):
+            generator = torch.Generator().manual_seed(i)
+            yield torch.rand(64, generator=generator), i % 10
+
+
+def loaders(method: str) -> dict[str, Any]:
+    """What the methods named after a kind of loader train on; others have workers that shuffle."""
+    if method == "saba":
+        generator = torch.Generator().manual_seed(0)
+        rows = [(torch.rand(20, 64, generator=generator), torch.arange(20) % 10) for _ in range(5)]
+        return {"inner_loader": rows[:3], "outer_loader": rows[3:]}
+    if method == "iterable":
+        return {"inner_loader": DataLoader(Rows(), 32, num_workers=2)}
+    if method == "persistent":
+        rows = TensorDataset(
+            torch.rand(200, 64, generator=torch.Generator()), torch.arange(200) % 10
+        )
+        options: dict[str, Any] = {"num_workers": 2, "persistent_workers": True}
+        return {"inner_loader": DataLoader(rows, 32, shuffle=True, **options)}
+    return {}
 
 
 def forked(method: str, folder: Path, result: Path) -> int:

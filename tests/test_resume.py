@@ -153,8 +153,11 @@ def test_schedules_restarts_and_every_random_state_are_resumed(tmp_path: Path) -
 KILLED = Path(__file__).parent / "killed.py"
 
 
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("saba", "iterable", "persistent")]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("method", ["implicit", "unrolled", "soba"])
+@pytest.mark.parametrize("method", ["implicit", "unrolled", "soba", *LONG])
 def test_a_loop_killed_at_random_moments_ends_as_one_that_was_not(
     tmp_path: Path, method: str
 ) -> None:

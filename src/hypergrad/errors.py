@@ -77,4 +77,11 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWarning(HypergradWarning):
-    """A checkpoint could not be written or read; an earlier one stands in for it."""
+    """A checkpoint or a log could not be written, read or removed; the message says which."""
+
+
+def missing_extra(what: str, extra: str) -> ImportError:
+    """What to raise where an optional package is not installed: it says how to install it."""
+    return ImportError(
+        f"{what} needs a package that is not installed: pip install 'hypergrad[{extra}]'"
+    )

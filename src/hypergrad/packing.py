@@ -18,7 +18,7 @@ def check_keys(packed: Any, keys: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be a dict with the keys {sorted(keys)}, got {got}")
 
 
-def check_like(value: Any, like: Any, name: str) -> None:
+def check_form(value: Any, like: Any, name: str) -> None:
     """Raise ``ValueError`` unless ``value`` is built as ``like`` is, of tensors of the same shapes.
 
     Args:
@@ -29,13 +29,13 @@ def check_like(value: Any, like: Any, name: str) -> None:
     if isinstance(like, dict):
         check_keys(value, tuple(like), name)
         for key, entry in like.items():
-            check_like(value[key], entry, f"{name}[{key!r}]")
+            check_form(value[key], entry, f"{name}[{key!r}]")
     elif isinstance(like, (list, tuple)):
         if not isinstance(value, (list, tuple)) or len(value) != len(like):
             got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
             raise ValueError(f"{name} must be a list of {len(like)} entries, got {got}")
         for i, (own, entry) in enumerate(zip(value, like, strict=True)):
-            check_like(own, entry, f"{name}[{i}]")
+            check_form(own, entry, f"{name}[{i}]")
     elif isinstance(like, Tensor):
         if not _fits(value, like) or value.dtype != like.dtype:
             raise ValueError(f"{name} must be {_words(like)}, got {_words(value)}")

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from hypergrad.errors import missing_extra
 from hypergrad.linsolve import Status
-from hypergrad.packing import check_keys, check_like
+from hypergrad.packing import check_form, check_keys
 
 Value: TypeAlias = float | str | None
 """An entry of the table: a number, the name of a status, or nothing."""
@@ -156,9 +157,12 @@ class History:
         """The table as a ``pandas.DataFrame``.
 
         Raises:
-            ImportError: pandas is not installed.
+            ImportError: pandas is not installed; ``pip install 'hypergrad[pandas]'``.
         """
-        import pandas as pd
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise missing_extra("to_pandas", "pandas") from error
 
         return pd.DataFrame({name: self[name] for name in self.columns})
 
@@ -180,7 +184,7 @@ class History:
         if not (isinstance(columns, dict) and isinstance(status, list)):
             raise ValueError("the history must have a dict of columns and a list of statuses")
         rows = torch.empty(len(status), dtype=torch.float64)
-        check_like(columns, dict.fromkeys(columns, rows), "the columns of the history")
+        check_form(columns, dict.fromkeys(columns, rows), "the columns of the history")
         if any(type(code) is not int or not 0 <= code < len(_STATUSES) for code in status):
             raise ValueError(f"the statuses of the history must be below {len(_STATUSES)}")
         if not isinstance(hparams, list) or not set(hparams) <= columns.keys():

@@ -28,7 +28,7 @@ from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.training import naming
 from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import HypergradWarning, NonFiniteError
-from hypergrad.packing import check_keys, check_like
+from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
 
 Restart: TypeAlias = Literal["initial"] | Callable[[], Tree | None] | None
@@ -140,7 +140,7 @@ class Loop:
         """Raise ``ValueError`` unless ``state`` is whole and fits this loop; nothing is changed."""
         keys = ("outer_step", "streams", "parts", "method", "random")
         check_keys(state, keys, "the state of the loop")
-        check_like(state["outer_step"], self.outer_step, "the outer step")
+        check_form(state["outer_step"], self.outer_step, "the outer step")
         for what, own in (("streams", self._streams()), ("parts", self._parts())):
             if not isinstance(state[what], list) or len(state[what]) != len(own):
                 raise ValueError(f"the state of the loop must have {len(own)} {what}")

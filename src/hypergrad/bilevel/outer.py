@@ -10,13 +10,12 @@ import torch
 
 from hypergrad import placement as pl
 from hypergrad import tree as tr
-from hypergrad.bilevel.training import (
+from hypergrad.bilevel.optimizer_state import (
     check_optimizer_state,
     load_optimizer_state,
-    one_lr,
     optimizer_state,
-    step_scheduler,
 )
+from hypergrad.bilevel.training import one_lr, step_scheduler
 from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import NonFiniteError
 from hypergrad.packing import check_keys

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -65,7 +65,7 @@ class Reader(FileSystemReader):
         super().__init__(path)
         self._known = Metadata({}, storage_data={})
         for key, tensor in tensors.items():
-            chunks = []
+            chunks: list[ChunkStorageMetadata] = []
             for offsets, sizes, name, start, length in parts[key]:
                 if name not in files or not _inside(offsets, sizes, tensor):
                     raise ValueError(f"tensor {key} has no part at {offsets} in {name}")

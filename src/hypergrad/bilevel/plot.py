@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypergrad.bilevel.history import History
+from hypergrad.errors import missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +31,17 @@ def plot(history: History, path: Path | str | None = None) -> Figure:
 
     Raises:
         TypeError, ValueError: no history, or an empty one.
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed; ``pip install 'hypergrad[plot]'``.
     """
     if not isinstance(history, History):
         raise TypeError(f"history must be solver.history, got {type(history).__name__}")
     if len(history) == 0:
         raise ValueError("history must have at least one row, got none")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise missing_extra("plot", "plot") from error
 
     panels = [_losses, _norms, _hparams]
     if "iterations" in history.columns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,18 @@ from hypergrad.bilevel.history import History, Record
 from hypergrad.bilevel.interrupts import interrupts
 from hypergrad.bilevel.levels import Levels, LoopObjective, Measured
 from hypergrad.bilevel.loop import Loop, Restart
+from hypergrad.bilevel.optimizer_state import signature
 from hypergrad.bilevel.options import check_options
 from hypergrad.bilevel.outer import OuterStep
 from hypergrad.bilevel.store import Store
 from hypergrad.bilevel.stream import Stream
-from hypergrad.bilevel.training import signature
 from hypergrad.bilevel.variables import Variables
 from hypergrad.checks import check_count
 from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError
 from hypergrad.linsolve import CG
 from hypergrad.optimizers import Optimizer
-from hypergrad.packing import check_keys, check_like
+from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
 
 
@@ -391,7 +391,7 @@ class BilevelSolver:
         try:
             self.store.together(lambda: self._take(saved, self._loop.load_state_dict))
         except BaseException as error:
-            self._take(before, self._loop.return_to)
+            self._take(before, self._loop.return_to, suppress(Exception))
             if isinstance(error, CheckpointError):
                 raise CheckpointError(f"{path} cannot be loaded: {error}") from error
             raise
@@ -413,11 +413,16 @@ class BilevelSolver:
             self._loop.check_state(saved["loop"])
             self.history.check_state(saved["history"])
             for kind, state in saved["callbacks"]:
-                check_like([kind, state], ["", state], "the state of a callback")
+                check_form([kind, state], ["", state], "the state of a callback")
         except Exception as error:
             raise CheckpointError(f"{path} is not whole: {error}") from error
 
-    def _take(self, saved: dict[str, Any], take_loop: Callable[[dict[str, Any]], None]) -> None:
+    def _take(
+        self,
+        saved: dict[str, Any],
+        take_loop: Callable[[dict[str, Any]], None],
+        careful: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - holds nothing
+    ) -> None:
         take_loop(saved["loop"])
         self.history.load_state_dict(saved["history"])
         # By kind and order: the callbacks of this run may be others.
@@ -427,4 +432,6 @@ class BilevelSolver:
         for callback in self._callbacks:
             own = states.get(type(callback).__name__)
             if own:
-                callback.load_state_dict(own.pop(0))
+                # One that cannot take its own state back keeps none of the others from theirs.
+                with careful:
+                    callback.load_state_dict(own.pop(0))

@@ -18,7 +18,7 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.errors import CheckpointError, LoaderError
 from hypergrad.minibatch import check_batches
-from hypergrad.packing import check_like
+from hypergrad.packing import check_form
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Stream:
     def check_state(self, state: Any) -> None:
         """Raise ``ValueError`` unless ``state`` is a position."""
         name = f"the position of {self.name}"
-        check_like(state, self.state_dict(), name)
+        check_form(state, self.state_dict(), name)
         if state["epoch"] < -1 or state["position"] < 0:
             raise ValueError(f"{name} must be a pass and a batch of it, got {state}")
 

@@ -18,7 +18,7 @@ from hypergrad.bilevel.training import naming
 from hypergrad.implicit import hypergradient
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.base import Slot
-from hypergrad.packing import check_keys, check_like
+from hypergrad.packing import check_form, check_keys
 from hypergrad.partial import inside_a_transform
 from hypergrad.tree import Tree
 from hypergrad.unroll import unroll
@@ -125,7 +125,7 @@ class Unrolling(Procedure):
         """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
         name = "the state of the unrolled steps"
         check_keys(state, ("count", "step", "slots"), name)
-        check_like([state["count"], state["step"]], [self._count, self._state.step], name)
+        check_form([state["count"], state["step"]], [self._count, self._state.step], name)
         for slot, initial, leaf in zip(
             state["slots"], self._initial.slots, self._levels.params.leaves, strict=True
         ):
@@ -133,7 +133,7 @@ class Unrolling(Procedure):
             for key, value in slot.items():
                 # What the first step makes, such as a momentum, is like the parameter.
                 like = leaf if initial[key] is None and value is not None else initial[key]
-                check_like(value, like, f"{name}['slots'] of {key}")
+                check_form(value, like, f"{name}['slots'] of {key}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""

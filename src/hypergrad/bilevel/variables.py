@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_structure, check_tree
-from hypergrad.packing import check_like
+from hypergrad.packing import check_form
 from hypergrad.tree import Tree
 
 
@@ -121,7 +121,7 @@ class Variables:
     def check_state(self, state: Any) -> None:
         """Raise ``ValueError`` unless :meth:`load_state_dict` could copy ``state`` back."""
         own = {"leaves": self.leaves, "rest": self._rest()}
-        check_like(state, own, f"the state of {self.name}")
+        check_form(state, own, f"the state of {self.name}")
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors, and of the buffers and frozen parameters of the module."""

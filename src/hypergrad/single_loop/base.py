@@ -12,7 +12,7 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_like, check_number, check_objective, check_tree
 from hypergrad.evaluation import Objective
 from hypergrad.isolation import isolated_buffers
-from hypergrad.packing import check_keys, from_leaves
+from hypergrad.packing import check_form, check_keys, from_leaves
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
@@ -160,6 +160,7 @@ class SingleLoop(ABC):
         check_tree(params, "params")
         check_tree(hparams, "hparams")
         check_keys(packed, ("step", "companion", "memory"), "packed")
+        check_form(packed["step"], 0, "packed['step']")
         companion = from_leaves(packed["companion"], params, "packed['companion']", "params")
         memory = packed["memory"]
         if memory is not None:

@@ -21,12 +21,14 @@ class Checkpoint(Callback):
     """Save the solver's whole state every so many outer steps, and when the loop ends.
 
     A file, or with several ranks a folder (``step-00000012.dcp``), appears whole or not at all.
-    Where it cannot be written (a full disk), a :class:`CheckpointWarning` says why, the earlier
-    ones stay, and the loop goes on. A loop that ends with an error saves nothing: the last good
-    state is the one to go back to. To go on from the newest good one: ``solver.resume(folder)``.
+    It carries a checksum of its content, without which it is not read. Where it cannot be written
+    (a full disk), a :class:`CheckpointWarning` says why, the earlier ones stay, and the loop goes
+    on. A loop that ends with an error saves nothing: the last good state is the one to go back to.
+    To go on from the newest good one: ``solver.resume(folder)``.
 
     Args:
-        folder: where the files go, ``step-00000012.pt`` and so on; made if need be.
+        folder: where the files go, ``step-00000012.pt`` and so on; made if need be. A relative one
+            is that of the directory in which the callback was made.
         every: outer steps between them.
         keep: how many of the newest to keep.
         overwrite: whether a loop that starts before the newest of the folder removes those that are
@@ -43,7 +45,8 @@ class Checkpoint(Callback):
     ) -> None:
         check_count(every, "every")
         check_count(keep, "keep")
-        self._folder = Path(folder)
+        # Once: a program that changes its directory meanwhile goes on in the same folder.
+        self._folder = Path(folder).absolute()
         self._every = every
         self._keep = keep
         self._overwrite = overwrite
@@ -94,6 +97,16 @@ class Checkpoint(Callback):
         self._remove(solver, checkpoints(self._folder)[self._keep :])
 
     def _remove(self, solver: BilevelSolver, paths: list[Path]) -> None:
-        if solver.is_first_rank:
-            for path in paths:
+        if not solver.is_first_rank:
+            return
+        for path in paths:
+            try:
                 files.remove(path)
+            except FileNotFoundError:
+                continue  # Another process that writes here was faster.
+            except OSError as error:
+                warnings.warn(
+                    f"{path} could not be removed ({error}); the loop goes on",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
+from hypergrad.errors import missing_extra
 from hypergrad.linsolve import Status
 
 if TYPE_CHECKING:
@@ -19,13 +20,16 @@ class ProgressBar(Callback):
         options: for ``tqdm``, such as ``desc="tuning"`` or ``leave=False``.
 
     Raises:
-        ImportError: tqdm is not installed.
+        ImportError: tqdm is not installed; ``pip install 'hypergrad[progress]'``.
     """
 
     first_rank_only: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:
-        from tqdm.auto import tqdm
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise missing_extra("ProgressBar", "progress") from error
 
         self._make = tqdm
         self._options = options

@@ -12,6 +12,7 @@ from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
 from hypergrad.checks import check_choice, check_count, check_number
 from hypergrad.errors import HypergradWarning
+from hypergrad.packing import check_form
 
 if TYPE_CHECKING:
     from hypergrad.bilevel.solver import BilevelSolver
@@ -88,6 +89,7 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
+        check_form(state, self.state_dict(), "the state of EarlyStopping")
         self.best, self.best_step = state["best"], state["best_step"]
         self._waited = state["waited"]
 
@@ -133,4 +135,5 @@ class Timer(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
+        check_form(state, self.state_dict(), "the state of Timer")
         self.elapsed = state["elapsed"]

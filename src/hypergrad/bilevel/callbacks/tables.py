@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
+import warnings
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import TYPE_CHECKING, ClassVar
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record, Value
+from hypergrad.errors import CheckpointWarning
 
 if TYPE_CHECKING:
     from hypergrad.bilevel.solver import BilevelSolver
@@ -22,21 +28,29 @@ class TableFile(Callback):
     """A file with a row for each outer step, written as the step ends.
 
     A loop that resumes goes on below the row of its step: later ones, which it will make again, are
-    dropped, and so is a last row that was cut off. A loop that starts anew starts the file anew.
+    dropped, and so is a last row that was cut off. A loop that starts at step 0 starts the file
+    again. Where the file cannot be written (a full disk), a :class:`CheckpointWarning` says why,
+    the loop goes on, and the rows that are missing are written with the next one.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is made if need be. A relative one is that of the directory in
+            which the callback was made; of a symbolic link, the file that it points to.
     """
 
     first_rank_only: ClassVar[bool] = True
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._file: TextIO | None = None
+        self.path = Path(os.path.realpath(path))
+        self._file: FileIO | None = None
+        self._behind = False
 
     @abstractmethod
     def read(self) -> list[Row]:
-        """The rows in the file."""
+        """The rows in the file.
+
+        Raises:
+            ValueError: a line that is not the last one is broken.
+        """
 
     @abstractmethod
     def render(self, rows: list[Row]) -> str:
@@ -44,65 +58,144 @@ class TableFile(Callback):
 
     @abstractmethod
     def render_row(self, row: Row) -> str | None:
-        """One more row, or ``None`` if the whole file must be written anew for it."""
+        """One more row, or ``None`` if the whole file must be written again for it."""
 
     def on_start(self, solver: BilevelSolver) -> None:
-        """Drop the rows that will be made again."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.read() if self.path.exists() and solver.outer_step else []
-        self._rewrite([row for row in rows if int(row["step"] or 0) <= solver.outer_step])
+        """Drop the rows that will be made again.
+
+        Raises:
+            ValueError: the file has a broken line that is not the last one.
+        """
+
+        def begin() -> None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = self.read() if self.path.exists() and solver.outer_step else []
+            self._rewrite([row for row in rows if int(str(row["step"])) <= solver.outer_step])
+
+        self._try(begin)
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:
         """Write the row."""
-        row = record.row()
-        text = self.render_row(row)
-        if text is None:
-            self._rewrite([*self.read(), row])
-            return
-        assert self._file is not None
-        self._file.write(text)
-        self._file.flush()
+
+        def write() -> None:
+            text = None if self._behind else self.render_row(record.row())
+            if text is None:
+                # Not from the file, which may have lost some: the history has all, this one too.
+                self._rewrite(list(solver.history))
+            else:
+                self._write(text)
+
+        self._try(write)
 
     def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
         """Close the file."""
+        if self._behind and len(solver.history):
+            self._try(lambda: self._rewrite(list(solver.history)))
+        self._close()
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            self._behind = True
+            self._close()
+            # The same words each time, so that Python's filter shows them once.
+            warnings.warn(
+                f"{self.path} could not be written ({error}); the loop goes on, and the missing "
+                "rows are written when that works again",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        self._close()
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_bytes(_encoded(self.render(rows)))
+        temporary.replace(self.path)
+        # Without a buffer: what could not be written is not tried again when the file is closed.
+        self._file = self.path.open("ab", buffering=0)
+        self._behind = False
+
+    def _write(self, text: str) -> None:
+        assert self._file is not None
+        content = _encoded(text)
+        written = self._file.write(content)
+        if written != len(content):
+            raise OSError(f"{written} of {len(content)} bytes were written")
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _rewrite(self, rows: list[Row]) -> None:
-        if self._file is not None:
-            self._file.close()
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(self.render(rows), encoding="utf-8", newline="")
-        temporary.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8", newline="")
+    def _rows(self, lines: Sequence[bytes], parse: Callable[[str], Row], first: int) -> list[Row]:
+        """Each line parsed; the last one is left out if it is broken.
+
+        Raises:
+            ValueError: an earlier one is broken.
+        """
+        rows = []
+        for number, line in enumerate(lines, first):
+            try:
+                row = parse(line.decode())
+                int(str(row["step"]))
+            except (csv.Error, KeyError, RecursionError, TypeError, ValueError) as error:
+                if number == first + len(lines) - 1:
+                    break
+                raise self._broken(number, error) from error
+            rows.append(row)
+        return rows
+
+    def _lines(self) -> list[bytes]:
+        """The lines of the file; what follows the last line break was cut off."""
+        return self.path.read_bytes().split(b"\n")[:-1]
+
+    def _broken(self, number: int, error: Exception) -> ValueError:
+        return ValueError(
+            f"path must be a file that {type(self).__name__} wrote, got one whose line {number} is "
+            f"broken ({type(error).__name__}: {error}); mend {self.path}, or move it away"
+        )
 
 
 class CSV(TableFile):
-    """Comma-separated values, with a header; an entry that is missing is empty."""
+    """Comma-separated values, with a header; an entry that is missing is empty.
+
+    Control characters in the names of metrics, such as line breaks, are escaped.
+    """
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
         self._names: list[str] = []
 
     def read(self) -> list[Row]:
-        """The rows in the file; numbers stay the words that were written."""
-        with self.path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
+        """The rows in the file; numbers stay the words that were written.
+
+        Raises:
+            ValueError: a line that is not the last one is broken.
+        """
+        lines = self._lines()
         if not lines:
             return []
-        whole = self.path.read_text(encoding="utf-8").endswith("\n")
-        names, rows = lines[0], lines[1:] if whole else lines[1:-1]
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        try:
+            names = _cells(lines[0].decode())
+        except (csv.Error, ValueError) as error:
+            raise self._broken(1, error) from error
+
+        def parse(line: str) -> Row:
+            return dict(zip(names, _cells(line), strict=True))
+
+        return self._rows(lines[1:], parse, 2)
 
     def render(self, rows: list[Row]) -> str:
         """The header and the rows."""
+        rows = [{_escaped(name): value for name, value in row.items()} for row in rows]
         self._names = list(dict.fromkeys(name for row in rows for name in row))
         header: Row = {name: name for name in self._names}
         return "".join(self._line(row) for row in [header, *rows])
 
     def render_row(self, row: Row) -> str | None:
         """A line, if the header has all of its columns."""
+        row = {_escaped(name): value for name, value in row.items()}
         return self._line(row) if row.keys() <= set(self._names) else None
 
     def _line(self, row: Row) -> str:
@@ -116,13 +209,15 @@ class CSV(TableFile):
 
 
 class JSONL(TableFile):
-    """One JSON object a line; an entry that is missing is null."""
+    """One JSON object per line; an entry that is missing is null."""
 
     def read(self) -> list[Row]:
-        """The rows in the file."""
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        # What follows the last line break was cut off.
-        return [json.loads(line) for line in lines[:-1]]
+        """The rows in the file.
+
+        Raises:
+            ValueError: a line that is not the last one is broken.
+        """
+        return self._rows(self._lines(), json.loads, 1)
 
     def render(self, rows: list[Row]) -> str:
         """All rows."""
@@ -131,3 +226,18 @@ class JSONL(TableFile):
     def render_row(self, row: Row) -> str | None:
         """A line."""
         return json.dumps(row) + "\n"
+
+
+def _cells(line: str) -> list[str]:
+    # No cell holds a line break: names are escaped, and a status is a word.
+    (cells,) = csv.reader([line], strict=True)
+    return cells
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], name)
+
+
+def _encoded(text: str) -> bytes:
+    # A name may hold half of a surrogate pair, which has no encoding.
+    return text.encode("utf-8", errors="backslashreplace")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.history import Record
+from hypergrad.errors import missing_extra
 
 if TYPE_CHECKING:
     from hypergrad.bilevel.solver import BilevelSolver
@@ -16,27 +17,33 @@ class TensorBoard(Callback):
     """Every number of every row as a scalar in event files, for ``tensorboard --logdir folder``.
 
     Args:
-        folder: where the event files go.
+        folder: where the event files go. A relative one is that of the directory in which the
+            callback was made.
         options: for ``torch.utils.tensorboard.SummaryWriter``.
 
     Raises:
-        ImportError: tensorboard is not installed.
+        ImportError: tensorboard is not installed; ``pip install 'hypergrad[tensorboard]'``.
     """
 
     first_rank_only: ClassVar[bool] = True
 
     def __init__(self, folder: Path | str, **options: Any) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise missing_extra("TensorBoard", "tensorboard") from error
 
         self._make: Any = SummaryWriter
-        self._folder = folder
+        # TensorBoard also writes to addresses such as s3://bucket/runs.
+        remote = "://" in str(folder)
+        self._folder = str(folder) if remote else str(Path(folder).absolute())
         self._options = options
         self._writer: Any = None
 
     def on_start(self, solver: BilevelSolver) -> None:
         """Begin a file; what earlier ones hold of steps to come is not shown any more."""
         options = {"purge_step": solver.outer_step + 1} | self._options
-        self._writer = self._make(str(self._folder), **options)
+        self._writer = self._make(self._folder, **options)
 
     def on_step(self, solver: BilevelSolver, record: Record) -> None:
         """Write the numbers."""
