@@ -107,13 +107,14 @@ def _verify(file: BinaryIO, path: Path) -> None:
     mark, written = file.read(len(_MARK)), file.read()
     if mark != _MARK:
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint: it has no checksum at its end ({size} bytes)"
+            f"{path} is damaged or no checkpoint: it has no checksum at its end ({size} bytes); "
+            "write checkpoints with BilevelSolver.save"
         )
     file.seek(0)
     if sha256(file, size - _DIGITS).encode() != written:
         raise CheckpointError(
-            f"{path} is damaged: its content is not the one that was written, by the checksum at "
-            f"its end ({size} bytes)"
+            f"{path} is damaged or no checkpoint: its content is not the one that was written, by "
+            f"the checksum at its end ({size} bytes)"
         )
     file.seek(0)
 
