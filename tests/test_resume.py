@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
+from hypergrad.bilevel import files
 from hypergrad.bilevel.store import checkpoints
 
 
@@ -226,11 +227,17 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_nothing_changes(
 def test_foreign_and_later_files_are_refused(tmp_path: Path) -> None:
     solver = ridge_solver()
     torch.save({"model": torch.zeros(3)}, tmp_path / "foreign.pt")
-    with pytest.raises(hg.CheckpointError, match=r"is no checkpoint of a hypergrad\.BilevelSolver"):
+    with pytest.raises(hg.CheckpointError, match="no checkpoint: it has no checksum at its end"):
         solver.load(tmp_path / "foreign.pt")
+    files.write({"format": "another program's"}, tmp_path / "other.pt")
+    with pytest.raises(hg.CheckpointError, match=r"is no checkpoint of a hypergrad\.BilevelSolver"):
+        solver.load(tmp_path / "other.pt")
     solver.save(tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    torch.save({**state, "version": 99}, tmp_path / "later.pt")
+    torch.save(state, tmp_path / "again.pt")
+    with pytest.raises(hg.CheckpointError, match=r"it has no checksum .* BilevelSolver\.save"):
+        solver.load(tmp_path / "again.pt")
+    files.write({**state, "version": 99}, tmp_path / "later.pt")
     with pytest.raises(hg.CheckpointError, match="has version 99 of the format, this hypergrad re"):
         solver.load(tmp_path / "later.pt")
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*none\.pt"):
