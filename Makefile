@@ -57,7 +57,7 @@ docs: $(STAMP) ## Build the documentation into site/, strictly, and check its li
 test: $(STAMP) ## Run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto -m "not long"
 
-test-long: $(STAMP) ## Run the tests that take minutes: a thousand damaged files, more kills
+test-long: $(STAMP) ## Run the tests that take minutes: damaged files, kills, 4,000 linear systems
 	$(BIN)/python -m pytest -n auto -m long
 
 attacks: $(STAMP) ## Count what damaged files, planted pickles and odd inputs achieve

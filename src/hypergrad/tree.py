@@ -99,7 +99,8 @@ def epsilon(tree: Tree) -> float:
 def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
     """``x + alpha y``."""
     return unflatten_like(
-        x, pl.elementwise(partial(torch._foreach_add, alpha=alpha), leaves(x), leaves(y))
+        x,
+        pl.elementwise(partial(torch._foreach_add, alpha=_fitting(alpha, x)), leaves(x), leaves(y)),
     )
 
 
@@ -108,12 +109,12 @@ def add_(x: Tree, y: Tree, alpha: float = 1.0) -> None:
     every, others = leaves(x), leaves(y)
     if pl.any_distributed(every):
         every, others = pl.parts(every), pl.parts(others)
-    torch._foreach_add_(every, others, alpha=alpha)
+    torch._foreach_add_(every, others, alpha=_fitting(alpha, every))
 
 
 def scale_(x: Tree, alpha: float) -> None:
     """``x ← alpha x``, in place."""
-    torch._foreach_mul_(pl.parts(leaves(x)), alpha)
+    torch._foreach_mul_(pl.parts(leaves(x)), _fitting(alpha, x))
 
 
 def subtract(x: Tree, y: Tree) -> Tree:
@@ -123,16 +124,35 @@ def subtract(x: Tree, y: Tree) -> Tree:
 
 def scale(x: Tree, alpha: float) -> Tree:
     """``alpha x``."""
+    alpha = _fitting(alpha, x)
     return unflatten_like(
         x, pl.elementwise(lambda some: torch._foreach_mul(some, alpha), leaves(x))
     )
 
 
 def divide(x: Tree, alpha: float) -> Tree:
-    """``x / alpha``; where ``1 / alpha`` overflows, this does not."""
+    """``x / alpha``; where ``1 / alpha`` or ``alpha`` overflows, this does not."""
+    if math.isinf(_fitting(alpha, x)) and math.isfinite(alpha):
+        root = math.sqrt(abs(alpha))
+        return divide(divide(x, root), math.copysign(root, alpha))
     return unflatten_like(
         x, pl.elementwise(lambda some: torch._foreach_div(some, alpha), leaves(x))
     )
+
+
+# In the range of every floating-point dtype.
+_SAFE_FACTOR = 6e4
+
+
+def _fitting(alpha: float, x: Tree) -> float:
+    """``alpha``, or an infinity where a dtype of ``x`` cannot hold it.
+
+    PyTorch raises there. So the result is not finite instead, which every caller looks for.
+    """
+    if abs(alpha) <= _SAFE_FACTOR:
+        return alpha
+    largest = min(torch.finfo(leaf.dtype).max for leaf in leaves(x))
+    return math.copysign(math.inf, alpha) if abs(alpha) > largest else alpha
 
 
 def dot(x: Tree, y: Tree) -> Tensor:

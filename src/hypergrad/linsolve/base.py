@@ -7,6 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
 from hypergrad import tree as tr
 from hypergrad.checks import check_like
 from hypergrad.linsolve.solution import Solution, Status
@@ -19,7 +22,7 @@ class Outcome:
     """What a method found for a system whose right-hand side has norm about 1.
 
     Attributes:
-        x: the answer.
+        x: the answer; where it is wider than the right-hand side, it is rounded once at the end.
         status: how it ended; ``NON_FINITE`` outcomes still hold a finite ``x``.
         iterations: how many were done.
         residual_norm: ``‖b − A x‖`` measured for this ``x``, ``None`` if it was not.
@@ -94,7 +97,7 @@ class LinearSolver(ABC):
             check_like(x0, operator.like, "x0", "the operator's vectors")
         counted = Counted(operator)
         rhs = tr.at_least_float32(tr.detach(rhs))
-        if self.needs_symmetric and not operator.symmetric:
+        if not operator.symmetric and (self.needs_symmetric or _preconditioner_needs(self)):
             return Solution(tr.zeros_like(rhs), Status.NOT_SYMMETRIC, 0, 0, 1.0)
         scale = tr.norm(rhs)
         if scale == 0.0:
@@ -103,15 +106,21 @@ class LinearSolver(ABC):
             return Solution(tr.zeros_like(rhs), Status.NON_FINITE, 0, 0, None)
 
         unit = tr.divide(rhs, scale)
-        if x0 is None:
-            outcome = self.solve_scaled(counted, unit, scale)
-        else:
-            start = tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
-            outcome = self.solve_scaled_from(counted, unit, start, scale)
-        x = tr.scale(outcome.x, scale)
+        try:
+            if x0 is None:
+                outcome = self.solve_scaled(counted, unit, scale)
+            else:
+                start = tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
+                outcome = self.solve_scaled_from(counted, unit, start, scale)
+        except LinAlgError:
+            # LAPACK gives up on the small matrix of a method where products overflow.
+            outcome = Outcome(tr.zeros_like(rhs), Status.NON_FINITE, 0, None)
+        x = tr.cast_like(tr.scale(outcome.x, scale), rhs)
         if not tr.is_finite(x):
             outcome = replace(outcome, status=Status.NON_FINITE, residual_norm=None)
             x = tr.zeros_like(rhs)
+        elif outcome.residual_norm is not None and _may_underflow(outcome.x, scale):
+            outcome = _measured_again(outcome, counted, tr.divide(x, scale), unit)
         return Solution(
             x,
             outcome.status,
@@ -120,6 +129,26 @@ class LinearSolver(ABC):
             outcome.residual_norm if math.isfinite(outcome.residual_norm or 0.0) else None,
             outcome.residuals,
         )
+
+
+def _preconditioner_needs(solver: LinearSolver) -> bool:
+    return getattr(getattr(solver, "preconditioner", None), "needs_symmetric", False)
+
+
+def _may_underflow(unit: Tree, scale: float) -> bool:
+    """Whether ``scale · unit`` may leave the range in which its dtype has all its digits."""
+    ends = [torch.finfo(leaf.dtype) for leaf in tr.leaves(unit)]
+    # Entries that are shorter than the whole by less than the square of the rounding count.
+    return tr.norm(unit) * scale < max(end.tiny / end.eps**2 for end in ends)
+
+
+def _measured_again(outcome: Outcome, operator: LinearOperator, x: Tree, rhs: Tree) -> Outcome:
+    """``outcome`` with the residual of ``x``, which is its x without the digits that it lost."""
+    assert outcome.residual_norm is not None
+    measured = residual_norm(operator, x, rhs)
+    lost = measured > 1.1 * outcome.residual_norm + 10 * tr.epsilon(rhs)
+    status = Status.STAGNATED if lost and outcome.status is Status.CONVERGED else outcome.status
+    return replace(outcome, status=status, residual_norm=measured)
 
 
 def residual_norm(operator: LinearOperator, x: Tree, rhs: Tree) -> float:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hypergrad import block as bl
 from hypergrad import tree as tr
@@ -96,7 +97,11 @@ class BlockCG(LinearSolver):
             return BlockSolution(zero, Status.NON_FINITE, 0, 0, torch.full_like(norms, math.nan))
         scales = torch.where(norms > 0, norms, 1.0)
         counted = Counted(operator)
-        X, status, iterations, residuals = self._solve(counted, bl.scale_rows(B, 1.0 / scales))
+        try:
+            X, status, iterations, residuals = self._solve(counted, bl.scale_rows(B, 1.0 / scales))
+        except LinAlgError:
+            # As in LinearSolver.solve: products overflow.
+            X, status, iterations, residuals = zero, Status.NON_FINITE, 0, torch.ones_like(norms)
         X = bl.scale_rows(X, scales)
         if not tr.is_finite(X):
             X, status = zero, Status.NON_FINITE

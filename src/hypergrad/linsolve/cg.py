@@ -91,7 +91,7 @@ class CG(LinearSolver):
         x, r = tr.zeros_like(rhs), tr.clone(rhs)
         norm = tr.norm(r)
         precondition = prepare(self.preconditioner, operator)
-        z, rz = apply_preconditioner(precondition, r, norm)
+        z, rz = apply_preconditioner(precondition, r, norm, given=self.preconditioner)
         p, pp = tr.clone(z), rz
         # The same tensors in bare lists, which are gone through faster.
         xs, rs, ps = tr.leaves(x), tr.leaves(r), tr.leaves(p)
@@ -104,6 +104,9 @@ class CG(LinearSolver):
         iteration = 0
 
         while status is Status.MAX_ITERATIONS and iteration < maxiter:
+            if not 0.0 < rz < math.inf:
+                status = Status.STAGNATED if rz <= 0.0 else Status.NON_FINITE
+                break
             Ap = tr.leaves(operator.matvec(p))
             pAp = tr.dot(ps, Ap).item()
             flat = epsilon * largest_curvature * pp
@@ -113,6 +116,9 @@ class CG(LinearSolver):
             if pAp <= flat:
                 negative = pAp < -flat and operator.lower_bound < 0.0
                 status = Status.NEGATIVE_CURVATURE if negative else Status.BREAKDOWN
+                if negative and norm <= 10 * tr.epsilon(operator.like):
+                    # Directions as short as this are rounding in half precision, and so is a sign.
+                    status = Status.STAGNATED
                 break
             largest_curvature = max(largest_curvature, pAp / pp)
 
@@ -149,11 +155,11 @@ class CG(LinearSolver):
                 break
 
             rz_old = rz
-            z, rz = apply_preconditioner(precondition, r, norm)
+            z, rz = apply_preconditioner(precondition, r, norm, given=self.preconditioner)
             beta = 0.0 if drifted else rz / rz_old
             tr.scale_(ps, beta)
             tr.add_(ps, rs if z is r else tr.leaves(z))
-            pp = rz + beta**2 * pp
+            pp = rz + beta * beta * pp
 
         # The error of CG falls with every iteration even where the residual rises (Hestenes &
         # Stiefel 1952, Thm. 6:3), so the last iterate stands unless the solve went wrong.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,11 +21,13 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Dense(LinearSolver):
-    """Builds A from n products and solves in float64: Cholesky, LU or, if singular, least squares.
+    """Builds A from n products and solves in float64: Cholesky or, if singular, least squares.
 
     A singular system is solved by the pseudo-inverse: singular values below ``n u σ_max`` count as
-    zero, u the machine epsilon of the operator's dtype. It ends as ``CONVERGED`` if b is in the
-    range of A all the same, else as ``BREAKDOWN`` with the least-squares answer of least norm.
+    zero, u the machine epsilon of the operator's dtype. ``CONVERGED`` means that the x that is
+    returned leaves at most ``√u ‖b‖``, with the matrix as it came from the products. Otherwise b is
+    outside the range of A, or rounding hides that it is inside: ``BREAKDOWN``, with the
+    least-squares answer of least norm.
 
     Args:
         max_size: refuse systems with more unknowns than this; the matrix takes 8 n² bytes.
@@ -49,21 +53,41 @@ class Dense(LinearSolver):
         matrix, b = operator.dense(), bl.to_flat(rhs)
         if not torch.isfinite(matrix).all():
             return Outcome(tr.zeros_like(rhs), Status.NON_FINITE, n, None)
-        epsilon = n * tr.epsilon(operator.like)
-        if operator.symmetric:
-            matrix = (matrix + matrix.T) / 2
-            x = _cholesky_solve(matrix, b, epsilon)
-            if x is None:
-                x = torch.linalg.pinv(matrix, rtol=epsilon, hermitian=True) @ b
-        else:
-            x = torch.linalg.pinv(matrix, rtol=epsilon) @ b
-        solution = bl.from_flat(x, rhs)
-        # Of the answer as it is returned, rounded to the dtype of b.
-        residual = float(torch.linalg.vector_norm(b - matrix @ bl.to_flat(solution)))
-        # What the rounding of A alone, in the operator's dtype, can leave of b.
-        rounding = epsilon * float(matrix.abs().max() * torch.linalg.vector_norm(x))
-        status = Status.CONVERGED if residual <= max(1e-8, rounding) else Status.BREAKDOWN
-        return Outcome(solution, status, n, residual)
+        # In units in which no square of an entry over- or underflows.
+        peak = float(matrix.abs().max())
+        if peak == 0.0:
+            return Outcome(tr.zeros_like(rhs), Status.BREAKDOWN, n, 1.0)
+        matrix = matrix / peak
+        u = tr.epsilon(operator.like)
+        x, least = torch.zeros_like(b), math.inf
+        for candidate in _candidates(matrix, b, n * u, operator.symmetric):
+            # Measured for the answer as the caller gets it, in the units and the dtype of b.
+            scaled = candidate / peak * rhs_scale
+            returned = bl.to_flat(bl.from_flat(scaled, rhs)) / rhs_scale
+            residual = float(torch.linalg.vector_norm(b - matrix @ (returned * peak)))
+            if residual < least:
+                x, least = scaled / rhs_scale, residual
+            if residual <= math.sqrt(u):
+                break
+        status = Status.CONVERGED if least <= math.sqrt(u) else Status.BREAKDOWN
+        return Outcome(bl.from_flat(x, tr.map_leaves(Tensor.double, rhs)), status, n, least)
+
+    def solve_scaled_from(
+        self, operator: LinearOperator, rhs: Tree, start: Tree, rhs_scale: float
+    ) -> Outcome:
+        # Nothing is gained by a start.
+        return self.solve_scaled(operator, rhs, rhs_scale)
+
+
+def _candidates(matrix: Tensor, b: Tensor, epsilon: float, symmetric: bool) -> Iterator[Tensor]:
+    """Answers to ``A x = b``, the cheapest first."""
+    if symmetric:
+        mean = (matrix + matrix.T) / 2
+        x = _cholesky_solve(mean, b, epsilon)
+        if x is not None:
+            yield x
+        yield torch.linalg.pinv(mean, rtol=epsilon, hermitian=True) @ b
+    yield torch.linalg.pinv(matrix, rtol=epsilon) @ b
 
 
 def _cholesky_solve(matrix: Tensor, b: Tensor, epsilon: float) -> Tensor | None:

@@ -117,6 +117,8 @@ def _mixing(past: deque[tuple[Tree, Tree]], r: Tree) -> list[float]:
     values = tr.to_floats(
         *[tr.dot(columns[i], columns[j]) for i, j in pairs], *[tr.dot(dr, r) for dr in columns]
     )
+    if not all(map(math.isfinite, values)):
+        return [0.0] * m  # the plain step, which shows how far this is out of range
     gram = torch.zeros(m, m, dtype=torch.float64)
     for (i, j), value in zip(pairs, values, strict=False):
         gram[i, j] = gram[j, i] = value

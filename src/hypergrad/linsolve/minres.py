@@ -71,7 +71,9 @@ class MINRES(LinearSolver):
             rhs,
             tolerance=max(self.rtol, self.atol / rhs_scale),
             maxiter=self.maxiter or 10 * tr.size(rhs),
-            cycle=lambda r, target, budget: _minres(operator, r, target, budget, precondition),
+            cycle=lambda r, target, budget: _minres(
+                operator, r, target, budget, precondition, self.preconditioner
+            ),
             gain=0.5,
             record=self.record_residuals,
         )
@@ -87,19 +89,23 @@ def _minres(
     target: float,
     maxiter: int,
     precondition: Callable[[Tree], Tree] | None,
+    given: object,
 ) -> Cycle:
     epsilon = tr.epsilon(rhs)
     norm = tr.norm(rhs)
     x = tr.zeros_like(rhs)
     r_old, r = rhs, rhs
-    y, beta_squared = apply_preconditioner(precondition, r, norm)
-    beta = beta_first = math.sqrt(beta_squared)
+    y, beta = _applied(precondition, r, norm, given)
+    if not 0.0 < beta < math.inf:
+        status = Status.STAGNATED if beta == 0.0 else Status.NON_FINITE
+        return Cycle(x, 0, status, [])
+    beta_first = beta
     beta_old = delta_bar = epsilon_next = 0.0
     c, s, phi_bar = -1.0, 0.0, beta
     w_old = w = tr.zeros_like(rhs)
     # With a preconditioner φ̄ is in another norm: the target follows what is measured.
     goal = target * beta_first / norm
-    a_norm_squared = 0.0
+    a_norm = 0.0
     residuals: list[float] = []
 
     for iteration in range(1, maxiter + 1):
@@ -113,9 +119,11 @@ def _minres(
         r_norm = tr.norm(r)
         if not (math.isfinite(alpha) and math.isfinite(r_norm)):
             return Cycle(x, iteration - 1, Status.NON_FINITE, residuals)
-        y, beta_squared = apply_preconditioner(precondition, r, r_norm)
-        beta_old, beta = beta, math.sqrt(max(beta_squared, 0.0))
-        a_norm_squared = max(a_norm_squared, alpha**2 + beta_old**2 * (iteration > 1) + beta**2)
+        beta_old = beta
+        y, beta = _applied(precondition, r, r_norm, given)
+        if not math.isfinite(beta):
+            return Cycle(x, iteration - 1, Status.NON_FINITE, residuals)
+        a_norm = max(a_norm, math.hypot(alpha, beta_old * (iteration > 1), beta))
 
         epsilon_old = epsilon_next
         delta = c * delta_bar + s * alpha
@@ -124,7 +132,7 @@ def _minres(
         # ‖A r‖ = φ̄ · root: where it vanishes beside ‖A‖ ‖r‖, no x has a smaller residual.
         root = math.hypot(gamma_bar, delta_bar)
         gamma = math.hypot(gamma_bar, beta)
-        if root <= 10 * epsilon * math.sqrt(a_norm_squared):
+        if root <= 10 * epsilon * a_norm:
             return Cycle(x, iteration, Status.BREAKDOWN, residuals)
         c, s = gamma_bar / gamma, beta / gamma
         phi, phi_bar = c * phi_bar, s * phi_bar
@@ -134,7 +142,7 @@ def _minres(
         w = tr.divide(w, gamma)
         x = tr.add(x, w, phi)
         residuals.append(phi_bar)
-        exhausted = beta <= epsilon * math.sqrt(a_norm_squared)
+        exhausted = beta <= epsilon * a_norm
         if phi_bar <= goal or exhausted:
             if precondition is None or exhausted:
                 return Cycle(x, iteration, None, residuals)
@@ -143,3 +151,13 @@ def _minres(
                 return Cycle(x, iteration, None, residuals)
             goal = 0.5 * phi_bar * target / measured
     return Cycle(x, maxiter, None, residuals)
+
+
+def _applied(
+    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, given: object
+) -> tuple[Tree, float]:
+    """``y = M r`` and ``⟨r, y⟩^½``, zero where rounding makes a product negative."""
+    if precondition is None:
+        return r, norm
+    y, squared = apply_preconditioner(precondition, r, norm, given=given)
+    return y, math.sqrt(squared) if squared > 0.0 or math.isnan(squared) else 0.0

@@ -69,19 +69,21 @@ def _cgls(operator: LinearOperator, rhs: Tree, target: float, maxiter: int) -> C
     x, r = tr.zeros_like(rhs), tr.clone(rhs)
     s = operator.rmatvec(r)
     p = tr.clone(s)
-    gamma = tr.norm(s) ** 2
+    s_norm = tr.norm(s)
     r_norm, largest = tr.norm(rhs), 0.0
     residuals: list[float] = []
     for iteration in range(1, maxiter + 1):
         q = operator.matvec(p)
         q_norm, p_norm = tr.norm(q), tr.norm(p)
-        if not (math.isfinite(q_norm) and math.isfinite(gamma)):
+        if not (math.isfinite(q_norm) and math.isfinite(s_norm)):
             return Cycle(x, iteration - 1, Status.NON_FINITE, residuals)
         largest = max(largest, q_norm / p_norm if p_norm else 0.0)
         # Aᵀ r vanishes beside ‖A‖ ‖r‖, or the direction is in the null space: no x is better.
-        if math.sqrt(gamma) <= 10 * epsilon * largest * r_norm or q_norm == 0.0:
+        if s_norm <= 10 * epsilon * largest * r_norm or q_norm == 0.0:
             return Cycle(x, iteration - 1, Status.BREAKDOWN, residuals)
-        alpha = gamma / q_norm**2
+        # Squares of quotients: those of the norms over- and underflow.
+        quotient = s_norm / q_norm
+        alpha = quotient * quotient
         tr.add_(x, p, alpha)
         tr.add_(r, q, -alpha)
         r_norm = tr.norm(r)
@@ -89,7 +91,8 @@ def _cgls(operator: LinearOperator, rhs: Tree, target: float, maxiter: int) -> C
         if r_norm <= target:
             return Cycle(x, iteration, None, residuals)
         s = operator.rmatvec(r)
-        gamma_old, gamma = gamma, tr.norm(s) ** 2
-        tr.scale_(p, gamma / gamma_old)
+        s_norm_old, s_norm = s_norm, tr.norm(s)
+        quotient = s_norm / s_norm_old
+        tr.scale_(p, quotient * quotient)
         tr.add_(p, s)
     return Cycle(x, maxiter, None, residuals)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class NystromPreconditioner(Preconditioner):
         >>> preconditioned.solve(A, b).iterations < hg.CG().solve(A, b).iterations
         True
     """
+
+    needs_symmetric: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import optree
 import torch
@@ -40,6 +40,10 @@ class Preconditioner(ABC):
     implements :meth:`map_state` and :meth:`map_from_state`; if not, the first solve after
     :meth:`load_state_dict` makes the map anew.
 
+    Attributes:
+        needs_symmetric: whether ``build`` takes symmetric operators only; solves with another end
+            as ``NOT_SYMMETRIC``.
+
     Args:
         generator: what ``build`` draws from, to be saved with the map; ``None`` is PyTorch's
             default one, which is the caller's to save.
@@ -51,6 +55,8 @@ class Preconditioner(ABC):
     Raises:
         TypeError, ValueError: an option is out of its range.
     """
+
+    needs_symmetric: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -249,18 +255,25 @@ def check_preconditioner(preconditioner: object) -> None:
 
 
 def apply_preconditioner(
-    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float
+    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, *, given: object
 ) -> tuple[Tree, float]:
     """``z = M r`` and ``⟨r, z⟩``, for a residual of the given norm.
 
+    Args:
+        precondition: M.
+        r: the residual.
+        norm: its norm.
+        given: the solver's option. Where a :class:`Preconditioner` made M, ``⟨r, z⟩`` is not
+            positive only for rounding, over- and underflow, which the solver reports.
+
     Raises:
-        ValueError: ``⟨r, M r⟩`` is not positive.
+        ValueError: ``⟨r, M r⟩`` is not positive for a function of the caller's.
     """
     if precondition is None:
-        return r, norm**2
+        return r, norm * norm
     z = precondition(r)
     rz = tr.dot(r, z).item()
-    if rz <= 0.0 < norm:
+    if rz <= 0.0 < norm and not isinstance(given, Preconditioner):
         raise ValueError(
             "preconditioner must be positive definite, got ⟨r, M r⟩ = "
             f"{rz:.3g} for a residual of norm {norm:.3g}"

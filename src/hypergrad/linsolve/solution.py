@@ -25,8 +25,8 @@ class Status(Enum):
         "loosen rtol, add damping, use a wider dtype, or restart later"
     )
     NOT_SYMMETRIC = (
-        "the method needs a symmetric operator and this one is not known to be symmetric; use "
-        "GMRES, NormalCG or FixedPoint"
+        "the method, or its preconditioner, needs a symmetric operator and this one is not known "
+        "to be symmetric; use GMRES, NormalCG or FixedPoint"
     )
     BREAKDOWN = (
         "the operator is singular along a direction that the right-hand side needs; add damping, "
