@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hypergrad as hg
 from hypergrad import utils
-from hypergrad.approx_hypergrad import conjugate_gradient, neumann
+from hypergrad.approx_hypergrad import neumann
 from hypergrad.utils import Params
 
 
@@ -33,7 +33,7 @@ def test_results_carry_a_graph_where_the_parameters_require_gradients(method: An
     assert torch.autograd.gradcheck(grads, tensors)
 
 
-def test_without_a_graph_of_second_derivatives_there_is_none_of_the_result() -> None:
+def test_a_backward_pass_without_second_derivatives_names_the_operation() -> None:
     class Square(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -48,10 +48,41 @@ def test_without_a_graph_of_second_derivatives_there_is_none_of_the_result() -> 
     theta, phi = point()
     phi[0].requires_grad_()
     with pytest.warns(hg.DoubleBackwardWarning, match="Square"):
-        grads = conjugate_gradient(
-            lambda w, c: inner(w, c) + Square.apply(w[0]).sum(), outer, theta, phi, 5
+        grads = neumann(
+            lambda w, c: inner(w, c) + Square.apply(w[0]).sum(), outer, theta, phi, 5, 0.05
         )
-    assert not grads[0].requires_grad
+    with pytest.raises(hg.DoubleBackwardError, match="Square"):
+        grads[0].sum().backward()
+
+
+def test_a_backward_pass_sees_the_masks_of_the_call_and_a_call_costs_no_graph() -> None:
+    theta, phi = point()
+    evaluations = 0
+
+    def masked(w: Params, c: Params) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return inner(w, c) + (torch.rand(2) * c[0] * w[0] ** 2).sum()
+
+    neumann(masked, outer, theta, phi, 3, 0.05)
+    alone, evaluations = evaluations, 0
+    phi[0].requires_grad_()
+    torch.manual_seed(0)
+    grads = neumann(masked, outer, theta, phi, 3, 0.05)
+    assert evaluations == alone
+    torch.rand(5)
+    (got,) = torch.autograd.grad(grads[0].sum(), phi[0])
+    torch.manual_seed(0)
+    mask = torch.rand(2)
+
+    def fixed(c: Tensor) -> Tensor:
+        return neumann(
+            lambda w, c: inner(w, c) + (mask * c[0] * w[0] ** 2).sum(),
+            outer, theta, (c, phi[1]), 3, 0.05,
+        )[0].sum()  # fmt: skip
+
+    torch.testing.assert_close(got, torch.func.grad(fixed)(phi[0].detach()))
+    assert not got.requires_grad
 
 
 @pytest.mark.parametrize("name", ["neumann", "cg", "of your own", "nystrom"])

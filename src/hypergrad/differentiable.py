@@ -10,6 +10,7 @@ Inside the transforms of ``torch.func`` everything is computed here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from hypergrad import tree as tr
 from hypergrad.adjoint import Adjoint
 from hypergrad.adjoint import inner as inner_product
 from hypergrad.conditions import Minimum
-from hypergrad.errors import DoubleBackwardError
 from hypergrad.evaluation import Objective
 from hypergrad.implicit_function import needs_graph
 from hypergrad.isolation import RandomState
@@ -62,19 +62,46 @@ def with_graph(
     hparams: Tree,
     solver: LinearSolver,
 ) -> Tree:
-    """``numbers``, the hypergradient, with the graph of ``h`` if a parameter requires gradients.
+    """``numbers``, the hypergradient, with the derivatives of ``h`` if a parameter requires any.
 
-    Where an operation has no second derivative they come back as they are: the solve has gone on
-    with finite differences, and said so.
+    They cost nothing before a backward pass, which computes ``h`` once more. That raises
+    ``DoubleBackwardError`` where an operation has no second derivative.
     """
     if not needs_graph(tr.leaves((params, hparams))):
         return numbers
-    try:
-        graph = differentiable_hypergradient(inner, outer, params, hparams, solver)
-    except DoubleBackwardError:
-        return numbers
-    # The numbers are those of the solve that was checked, the derivative is the graph's.
-    return tr.map_leaves(lambda n, g: n + (g - g.detach()), numbers, graph)
+    state = RandomState(params, hparams)
+
+    def function(tensors: Tensors) -> list[Tensor]:
+        theta, phi = tr.unflatten_like((params, hparams), tensors)
+        with state.replayed():
+            return tr.leaves(differentiable_hypergradient(inner, outer, theta, phi, solver))
+
+    found = tr.leaves(numbers)
+    tensors = tr.leaves((params, hparams))
+    return tr.unflatten_like(numbers, _Recomputed.apply(function, len(found), *found, *tensors))
+
+
+class _Recomputed(torch.autograd.Function):
+    """Values that are known, and a function of tensors that computes them with a graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[[Tensors], list[Tensor]], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.function, ctx.count = function, count
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[2 + ctx.count :]
+        parts = partial_gradient(
+            lambda some: inner_product(ctx.function(some), cotangents), ctx.saved_tensors, needed
+        )
+        # With a graph of their own only where the backward pass is to be differentiated.
+        given = iter(parts if torch.is_grad_enabled() else tr.detach(parts))
+        grads = [next(given) if need else None for need in needed]
+        return None, None, *[None] * ctx.count, *grads
 
 
 def hessian_at(
