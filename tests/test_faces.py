@@ -198,6 +198,21 @@ def test_an_outer_objective_of_the_outer_parameters_alone_has_its_own_gradient(n
     assert torch.equal(torch.cat([grad.reshape(-1) for grad in grads]), torch.zeros(3).double())
 
 
+def test_an_outer_objective_that_is_none_is_named() -> None:
+    theta, phi = point()
+    for outer_obj, got in ((7, "a function of"), (lambda w, c: 1.0, "a scalar tensor, got float")):
+        with pytest.raises(TypeError, match=f"outer must .*{got}"):
+            neumann(inner, outer_obj, theta, phi, 3, 0.05)
+    batches = [torch.tensor(1.0), torch.tensor(3.0)]
+    averaged = hg.Averaged(lambda w, c, scale: scale * outer(w, c), batches)
+    for grad, double in zip(
+        neumann(inner, averaged, theta, phi, 3, 0.05),
+        neumann(inner, lambda w, c: 2 * outer(w, c), theta, phi, 3, 0.05),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, double)
+
+
 def test_a_tensor_as_the_step_is_its_number() -> None:
     as_number = neumann(*as_tuples(), 5, 0.25)
     as_tensor = neumann(*as_tuples(), 5, torch.tensor(0.25, requires_grad=True))

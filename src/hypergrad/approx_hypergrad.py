@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import differentiable
 from hypergrad import tree as tr
-from hypergrad.differentiable import differentiable_hypergradient, hessian_at, with_graph
 from hypergrad.implicit import hypergradient, report_failure
 from hypergrad.linsolve import CG, Identity, LinearSolver, Neumann, Nystrom, Status
 from hypergrad.partial import inside_a_transform
@@ -37,7 +37,7 @@ def implicit_grad(f: Callable[..., tuple[Params, Params]]) -> Callable[..., Para
             kwargs[name] if name in kwargs else args[place] for name, place in names.items()
         )
         v, direct = f(*args, **kwargs)
-        mixed = hessian_at(inner_obj, in_params, out_params, v).vjp_outer(v)
+        mixed = differentiable.hessian_at(inner_obj, in_params, out_params, v).vjp_outer(v)
         return tuple(tr.map_leaves(torch.sub, direct, mixed))
 
     return wrapper
@@ -110,17 +110,15 @@ def nystrom(
 def _gradients(
     f: Objective, g: Objective, theta: Params, phi: Params, solver: LinearSolver
 ) -> Params:
-    def outer(params: Params, hparams: Params) -> Tensor:
-        # g(φ) alone has the hypergradient ∂_φ g; hypergradient would take it for a slip.
-        return g(params, hparams) + 0.0 * tr.leaves(params)[0].sum()
-
+    # g(φ) alone has the hypergradient ∂_φ g; hypergradient would take it for a slip.
+    outer = differentiable.with_flat_params(g)
     if inside_a_transform():
-        return differentiable_hypergradient(f, outer, theta, phi, solver)
+        return differentiable.differentiable_hypergradient(f, outer, theta, phi, solver)
     result = hypergradient(f, outer, theta, phi, solver=solver, on_failure="ignore")
     # A budget that was spent, to the last digit or not, is what the caller asked for.
     if result.solve.status not in (Status.MAX_ITERATIONS, Status.STAGNATED):
         report_failure(solver, result.solve, "warn")
-    return with_graph(result.grads, f, outer, theta, phi, solver)
+    return differentiable.with_graph(result.grads, f, outer, theta, phi, solver)
 
 
 def _direct(g: Objective, theta: Params, phi: Params) -> Params:

@@ -24,6 +24,7 @@ from hypergrad.evaluation import Objective
 from hypergrad.implicit_function import needs_graph
 from hypergrad.isolation import RandomState
 from hypergrad.linsolve import CG, LinearSolver, Neumann, Nystrom
+from hypergrad.minibatch import Averaged, Shared
 from hypergrad.operators import Hessian, LinearOperator, Mode, hessian
 from hypergrad.operators.base import SymmetricOperator, one_by_one
 from hypergrad.partial import Tensors, partial_gradient
@@ -111,6 +112,23 @@ def hessian_at(
     if needs_graph(tr.leaves((params, hparams, *more))):
         return DifferentiableHessian(inner, params, hparams)
     return hessian(inner, params, hparams, mode=mode)
+
+
+def with_flat_params(objective: Objective) -> Objective:
+    """``objective``, whose value also depends on θ, with slope 0, where it leaves θ out.
+
+    What is no function, or returns no number, or is evaluated batch by batch stays as it is.
+    """
+    if not callable(objective) or isinstance(objective, (Averaged, Shared)):
+        return objective
+
+    def value(params: Tree, hparams: Tree) -> Tensor:
+        found = objective(params, hparams)
+        if isinstance(found, Tensor) and found.is_floating_point():
+            return found + 0.0 * tr.leaves(params)[0].sum()
+        return found
+
+    return value
 
 
 class DifferentiableHessian(SymmetricOperator):
