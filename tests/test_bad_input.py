@@ -121,7 +121,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "params-generator": (
         {"params": nn.Linear(2, 2).parameters()},
         TypeError,
-        "params must be a tensor, got generator; pass tuple(...) of it",
+        "params must be a tensor, got generator; pass tuple(...) of it, such as",
     ),
     "params-twice": (
         {"params": (TWICE, TWICE)},
@@ -235,7 +235,7 @@ def test_a_second_derivative_that_is_nan_is_reported_not_returned() -> None:
         return (w - p).square().sum() + (w - w.detach()).abs().pow(1.5).sum()
 
     with pytest.warns(hg.LinearSolveWarning, match="NON_FINITE"):
-        result = hg.hypergradient(inner, g, W, P)
+        result = hg.hypergradient(inner, g, W, P, mode="reverse")
     assert result.solve.status is hg.Status.NON_FINITE
     assert torch.isfinite(result.solve.x).all()
 

@@ -6,7 +6,7 @@ Every message names the argument, what was given and what was expected.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -37,8 +37,7 @@ def check_tree(tree: Tree, name: str) -> None:
     for path, leaf in zip(paths, found, strict=True):
         where = name + "".join(f"[{key!r}]" for key in path)
         if not isinstance(leaf, Tensor):
-            hint = "; pass tuple(...) of it" if hasattr(leaf, "__next__") else ""
-            raise TypeError(f"{where} must be a tensor, got {type(leaf).__name__}{hint}")
+            raise TypeError(f"{where} must be a tensor, got {_kind(leaf)}{_instead(leaf)}")
         if not leaf.is_floating_point():
             raise TypeError(f"{where} must be a floating-point tensor, got dtype {leaf.dtype}")
         if leaf.layout != torch.strided:
@@ -52,6 +51,40 @@ def check_tree(tree: Tree, name: str) -> None:
         raise ValueError(f"{name} must hold at least one tensor, got {tree!r}")
     if tr.size(tree) == 0:
         raise ValueError(f"{name} must hold at least one element, got only tensors of size 0")
+
+
+def _instead(leaf: Any) -> str:
+    """What to write in the place of a leaf that is no tensor, if that is known."""
+    if isinstance(leaf, Iterator):
+        if getattr(leaf, "__name__", "").startswith("named_"):
+            return "; pass dict(model.named_parameters())"
+        return "; pass tuple(...) of it, such as tuple(model.parameters())"
+    if isinstance(leaf, str):
+        return "; of names with their tensors pass dict(...)"
+    if isinstance(leaf, (bool, int, float)):
+        return f"; pass torch.as_tensor({float(leaf)})"
+    if hasattr(leaf, "__array__"):
+        return "; pass torch.as_tensor(...) of it"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    """``value`` by its class, or as the class that it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return type(value).__name__
+
+
+def given(value: Any, module: str = "hg") -> str:
+    """What was given in the place of an instance; for a class, how to make one of it.
+
+    Args:
+        value: what was given.
+        module: where users find the classes that were meant.
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}; make one: {module}.{value.__name__}(...)"
+    return type(value).__name__
 
 
 def check_no_module(value: Any, name: str) -> None:
@@ -109,7 +142,16 @@ def check_scalar(value: Any, name: str) -> None:
         ValueError: ``value`` has more than one element.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must return a scalar tensor, got {type(value).__name__}")
+        hint = ""
+        if isinstance(getattr(value, "loss", None), Tensor):
+            hint = "; return its .loss"
+        elif isinstance(value, Mapping) and "loss" in value:
+            hint = "; return its ['loss']"
+        elif isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+            hint = "; return the tensor alone"
+        elif isinstance(value, (int, float)):
+            hint = "; keep it a tensor, without .item() or float()"
+        raise TypeError(f"{name} must return a scalar tensor, got {type(value).__name__}{hint}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must return a floating-point scalar, got dtype {value.dtype}")
     if value.numel() != 1:

@@ -114,8 +114,16 @@ def gradient(value: Tensor, inputs: Tree, *, create_graph: bool = False) -> list
     if not (value.requires_grad and asked):
         return [None] * len(every)
     grads = torch.autograd.grad(value, asked, create_graph=create_graph, allow_unused=True)
-    found = iter(pl.placed_alike(grads, asked))
+    found = iter(pl.placed_alike(dense(grads), asked))
     return [next(found) if leaf.requires_grad else None for leaf in every]
+
+
+def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``gradients`` as dense tensors: embeddings with ``sparse=True`` have sparse ones."""
+    return [
+        grad if grad is None or grad.layout == torch.strided else grad.to_dense()
+        for grad in gradients
+    ]
 
 
 def filled(gradients: Sequence[Tensor | None], like: Tree) -> Tree:

@@ -22,6 +22,7 @@ from hypergrad.checks import (
     check_objective,
     check_structure,
     check_tree,
+    given,
 )
 from hypergrad.errors import LinearSolveWarning
 from hypergrad.evaluation import Objective, fresh_leaves
@@ -181,7 +182,7 @@ def hypergradient(
     check_solver(solver)
     if method is not None:
         if not isinstance(method, Unrolled):
-            raise TypeError(f"method must be hg.Unrolled(...), got {type(method).__name__}")
+            raise TypeError(f"method must be hg.Unrolled(...), got {given(method)}")
         implicit_only = (solver, damping, curvature, mu, x0, on_failure, mode)
         if implicit_only != (CG(), 0.0, None, None, None, "warn", "auto"):
             raise ValueError(
@@ -276,9 +277,7 @@ def _certify(
 def check_solver(solver: object) -> None:
     """Raise ``TypeError`` unless ``solver`` is a :class:`LinearSolver`."""
     if not isinstance(solver, LinearSolver):
-        raise TypeError(
-            f"solver must be a LinearSolver such as hg.CG(), got {type(solver).__name__}"
-        )
+        raise TypeError(f"solver must be a LinearSolver such as hg.CG(), got {given(solver)}")
 
 
 def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailure) -> None:

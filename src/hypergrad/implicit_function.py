@@ -14,6 +14,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad.adjoint import Adjoint, inner, leading
 from hypergrad.conditions import Conditions
+from hypergrad.evaluation import dense
 from hypergrad.partial import Tensors, inside_a_transform, partial_gradient
 
 
@@ -68,7 +69,8 @@ class _Solution(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
+        cotangents = [cotangent for cotangent in dense(slopes) if cotangent is not None]
         count = ctx.count
         params, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         needed = ctx.needs_input_grad[2 + count :]

@@ -107,7 +107,9 @@ def unrolled_hypergradient(
     buffers = Buffers(differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         phi = fresh_leaves(hparams)
-        if not isinstance(optimizer, Optimizer) and callable(optimizer):
+        if not isinstance(optimizer, Optimizer):
+            if isinstance(optimizer, type) or not callable(optimizer):
+                check_optimizer(optimizer)
             optimizer = optimizer(phi)
         check_optimizer(optimizer)
         # From what the caller gave: an optimiser of torch.optim knows its own tensors only.

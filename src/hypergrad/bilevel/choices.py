@@ -12,9 +12,11 @@ from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.procedures import Alternating, Procedure, Together
 from hypergrad.bilevel.training import Trainer
 from hypergrad.bilevel.unrolling import Unrolling
+from hypergrad.checks import given
 from hypergrad.linsolve import LinearSolver
 from hypergrad.optimizers import Optimizer
 from hypergrad.optimizers import from_torch as twin_of
+from hypergrad.optimizers.prepared import unprepared_optimizer
 from hypergrad.single_loop import SingleLoop
 from hypergrad.tree import Tree
 from hypergrad.unrolled import Unrolled
@@ -75,7 +77,7 @@ def procedure(
         return Alternating(method, levels, trainer)
     raise TypeError(
         "hypergradient must be a linear solver such as hg.CG(), hg.Unrolled(), one of "
-        f"hg.single_loop or an Estimator of hg.bilevel, got {name}"
+        f"hg.single_loop or an Estimator of hg.bilevel, got {given(method, _module(method))}"
     )
 
 
@@ -124,13 +126,30 @@ def _differentiable(
             "inner_scheduler must be None with an optimiser of hypergrad.optimizers, whose "
             "hyperparameters may be schedules themselves"
         )
-    if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
+    if isinstance(optimizer, type) or not (isinstance(optimizer, Optimizer) or callable(optimizer)):
         raise TypeError(
             "inner_optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers or a "
-            f"function of hparams that returns one, got {type(optimizer).__name__}"
+            f"function of hparams that returns one, got {given(optimizer, _module(optimizer))}"
         )
     ours: Any = optimizer
     return ours
+
+
+def _module(value: Any) -> str:
+    """Where users find a class that was given in the place of an instance."""
+    where = getattr(value, "__module__", "")
+    for path, name in _PLACES.items():
+        if where.startswith(path):
+            return name
+    return "hg"
+
+
+_PLACES = {
+    "hypergrad.bilevel": "hg.bilevel",
+    "hypergrad.single_loop": "hg.single_loop",
+    "hypergrad.optimizers": "hg.optimizers",
+    "torch.optim": "torch.optim",
+}
 
 
 def check_scheduler(scheduler: Any, optimizer: Any, level: str) -> None:
@@ -147,7 +166,7 @@ def check_scheduler(scheduler: Any, optimizer: Any, level: str) -> None:
             f"{level}_scheduler must be one of torch.optim.lr_scheduler, got "
             f"{type(scheduler).__name__}"
         )
-    if scheduler.optimizer is not optimizer:
+    if unprepared_optimizer(scheduler.optimizer) is not optimizer:
         raise ValueError(
             f"{level}_scheduler must belong to {level}_optimizer, got one of another optimiser"
         )

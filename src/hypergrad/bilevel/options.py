@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hypergrad.bilevel.callbacks import Callback
-from hypergrad.checks import check_count, check_number, check_objective
+from hypergrad.checks import check_count, check_number, check_objective, given
 
 
 def check_options(
@@ -50,5 +50,6 @@ def check_options(
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(
-                f"callbacks must be instances of hg.bilevel.Callback, got {type(callback).__name__}"
+                "callbacks must be instances of hg.bilevel.Callback, got "
+                f"{given(callback, 'hg.bilevel')}"
             )

@@ -27,6 +27,7 @@ from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError
 from hypergrad.linsolve import CG
 from hypergrad.optimizers import Optimizer
+from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
 from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
 
@@ -63,8 +64,9 @@ class BilevelSolver:
         inner_loader: batches for f, anything that can be iterated again and again; their tensors
             are moved to the device. ``None``: one batch for ever, ``None``.
         outer_loader: batches for g, likewise.
-        inner_optimizer: of ``torch.optim``, over θ. With ``hg.Unrolled()`` also one of
-            :mod:`hypergrad.optimizers`, or a function of ``hparams`` that returns one.
+        inner_optimizer: of ``torch.optim``, over θ; also as Accelerate or Fabric prepared it. With
+            ``hg.Unrolled()`` also one of :mod:`hypergrad.optimizers`, or a function of ``hparams``
+            that returns one.
         outer_optimizer: of ``torch.optim``, over φ.
         hypergradient: the method, see above.
         inner_steps: per outer step; 1 for single loops.
@@ -163,6 +165,10 @@ class BilevelSolver:
             "inner_steps": inner_steps, "outer_steps": outer_steps, "restart_every": restart_every,
             "inner_batches": inner_batches, "outer_batches": outer_batches,
         }  # fmt: skip
+        inner_optimizer = unprepared_optimizer(inner_optimizer)
+        outer_optimizer = unprepared_optimizer(outer_optimizer)
+        inner_scheduler = unprepared_scheduler(inner_scheduler)
+        outer_scheduler = unprepared_scheduler(outer_scheduler)
         clips = {"clip_inner": clip_inner, "clip_outer": clip_outer}
         check_options(counts, clips, warmup_steps, project, restart, autocast, callbacks)
         device = None if device is None else torch.device(device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_structure, check_tree
+from hypergrad.checks import check_structure, check_tree, given
 from hypergrad.packing import check_form
 from hypergrad.tree import Tree
 
@@ -79,7 +79,12 @@ class Variables:
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"{name} must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+                f"{name} must be a torch.optim.Optimizer, got {given(optimizer, 'torch.optim')}"
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise TypeError(
+                f"{name} must take dense gradients, which hypergrad makes of all, got SparseAdam; "
+                "use torch.optim.Adam"
             )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own = {id(leaf): where for where, leaf in self.named()}

@@ -91,7 +91,7 @@ class CG(LinearSolver):
         x, r = tr.zeros_like(rhs), tr.clone(rhs)
         norm = tr.norm(r)
         precondition = prepare(self.preconditioner, operator)
-        z, rz = apply_preconditioner(precondition, r, norm, given=self.preconditioner)
+        z, rz = apply_preconditioner(precondition, r, norm, option=self.preconditioner)
         p, pp = tr.clone(z), rz
         # The same tensors in bare lists, which are gone through faster.
         xs, rs, ps = tr.leaves(x), tr.leaves(r), tr.leaves(p)
@@ -155,7 +155,7 @@ class CG(LinearSolver):
                 break
 
             rz_old = rz
-            z, rz = apply_preconditioner(precondition, r, norm, given=self.preconditioner)
+            z, rz = apply_preconditioner(precondition, r, norm, option=self.preconditioner)
             beta = 0.0 if drifted else rz / rz_old
             tr.scale_(ps, beta)
             tr.add_(ps, rs if z is r else tr.leaves(z))

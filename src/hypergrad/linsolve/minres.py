@@ -89,13 +89,13 @@ def _minres(
     target: float,
     maxiter: int,
     precondition: Callable[[Tree], Tree] | None,
-    given: object,
+    option: object,
 ) -> Cycle:
     epsilon = tr.epsilon(rhs)
     norm = tr.norm(rhs)
     x = tr.zeros_like(rhs)
     r_old, r = rhs, rhs
-    y, beta = _applied(precondition, r, norm, given)
+    y, beta = _applied(precondition, r, norm, option)
     if not 0.0 < beta < math.inf:
         status = Status.STAGNATED if beta == 0.0 else Status.NON_FINITE
         return Cycle(x, 0, status, [])
@@ -120,7 +120,7 @@ def _minres(
         if not (math.isfinite(alpha) and math.isfinite(r_norm)):
             return Cycle(x, iteration - 1, Status.NON_FINITE, residuals)
         beta_old = beta
-        y, beta = _applied(precondition, r, r_norm, given)
+        y, beta = _applied(precondition, r, r_norm, option)
         if not math.isfinite(beta):
             return Cycle(x, iteration - 1, Status.NON_FINITE, residuals)
         a_norm = max(a_norm, math.hypot(alpha, beta_old * (iteration > 1), beta))
@@ -154,10 +154,10 @@ def _minres(
 
 
 def _applied(
-    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, given: object
+    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, option: object
 ) -> tuple[Tree, float]:
     """``y = M r`` and ``⟨r, y⟩^½``, zero where rounding makes a product negative."""
     if precondition is None:
         return r, norm
-    y, squared = apply_preconditioner(precondition, r, norm, given=given)
+    y, squared = apply_preconditioner(precondition, r, norm, option=option)
     return y, math.sqrt(squared) if squared > 0.0 or math.isnan(squared) else 0.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_choice, check_count, check_number, check_tree
+from hypergrad.checks import check_choice, check_count, check_number, check_tree, given
 from hypergrad.operators.base import LinearOperator
 from hypergrad.packing import (
     check_generator,
@@ -250,12 +250,12 @@ def check_preconditioner(preconditioner: object) -> None:
     if isinstance(preconditioner, type) or not callable(preconditioner):
         raise TypeError(
             "preconditioner must be a Preconditioner, a function from a tree to a tree or None, "
-            f"got {preconditioner!r}"
+            f"got {given(preconditioner)}"
         )
 
 
 def apply_preconditioner(
-    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, *, given: object
+    precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, *, option: object
 ) -> tuple[Tree, float]:
     """``z = M r`` and ``⟨r, z⟩``, for a residual of the given norm.
 
@@ -263,7 +263,7 @@ def apply_preconditioner(
         precondition: M.
         r: the residual.
         norm: its norm.
-        given: the solver's option. Where a :class:`Preconditioner` made M, ``⟨r, z⟩`` is not
+        option: the solver's. Where a :class:`Preconditioner` made M, ``⟨r, z⟩`` is not
             positive only for rounding, over- and underflow, which the solver reports.
 
     Raises:
@@ -273,7 +273,7 @@ def apply_preconditioner(
         return r, norm * norm
     z = precondition(r)
     rz = tr.dot(r, z).item()
-    if rz <= 0.0 < norm and not isinstance(given, Preconditioner):
+    if rz <= 0.0 < norm and not isinstance(option, Preconditioner):
         raise ValueError(
             "preconditioner must be positive definite, got ⟨r, M r⟩ = "
             f"{rz:.3g} for a residual of norm {norm:.3g}"

@@ -42,7 +42,8 @@ class Status(Enum):
     )
     NON_FINITE = (
         "an infinity or a NaN appeared in the right-hand side or in a product; check the second "
-        "derivatives of the objectives (square roots and norms at zero are common causes)"
+        "derivatives of the objectives (square roots, norms and distances at zero are common "
+        "causes), or use mode='finite-difference', which needs first derivatives only"
     )
 
     @property

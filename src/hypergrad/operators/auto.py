@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from hypergrad import tree as tr
 from hypergrad.checks import check_choice
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
 from hypergrad.evaluation import Objective
@@ -36,8 +37,8 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
             ``"finite-difference"``: central differences of first gradients, for models without
             second derivatives. ``"compiled"``: over a graph that ``torch.compile`` captures once,
             the fastest of all where there are many products; its first call takes seconds.
-            ``"auto"``: reverse, or finite differences where that fails, with
-            one :class:`DoubleBackwardWarning` that names the operation.
+            ``"auto"``: reverse, or finite differences where that fails or gives an infinity or a
+            NaN at the first product, with one :class:`DoubleBackwardWarning` that says why.
 
     Raises:
         TypeError, ValueError: bad trees, an unknown mode, or an ``inner`` that is not a finite
@@ -64,9 +65,10 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
 
 
 class AutoHessian(Hessian):
-    """Reverse mode; finite differences once an operation without second derivative is met."""
+    """Reverse mode; finite differences once a second derivative is missing, infinite or NaN."""
 
     def linearise(self) -> tuple[float, Tree]:
+        self._seen = False
         try:
             self._active = self._in_mode(ReverseHessian)
         except DoubleBackwardError as error:
@@ -79,28 +81,53 @@ class AutoHessian(Hessian):
 
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         try:
-            return self._active.differentiate_gradient(vector, side)
+            product = self._active.differentiate_gradient(vector, side)
         except DoubleBackwardError as error:
             self._fall_back(error)
-            return self._active.differentiate_gradient(vector, side)
+        else:
+            if self._usable(product, vector):
+                return product
+        return self._active.differentiate_gradient(vector, side)
 
     def multiply_chunk(self, block: Tree) -> Tree:
         try:
-            return self._active.multiply_chunk(block)
+            products = self._active.multiply_chunk(block)
         except DoubleBackwardError as error:
             self._fall_back(error)
-            return self._active.multiply_chunk(block)
+        else:
+            if self._usable(products, block):
+                return products
+        return self._active.multiply_chunk(block)
 
     def repeated(self) -> AbstractContextManager[None]:
         return self._active.repeated()
 
+    def _usable(self, product: Tree, vector: Tree) -> bool:
+        """Whether a product is finite, where it can be; the first of all is looked at.
+
+        A norm, a root or a distance at zero has a gradient in PyTorch and a second derivative that
+        is NaN for every vector.
+        """
+        if self._seen:
+            return True
+        self._seen = True
+        finite_before = [*tr.leaves(vector), *tr.leaves(self.gradient)]
+        if tr.is_finite(product) or not tr.is_finite(finite_before):
+            return True
+        self._change("the second derivative of inner is infinite or NaN where its gradient is not")
+        return False
+
     def _fall_back(self, error: DoubleBackwardError) -> None:
+        self._change(f"{error.operation} has no correct second derivative in PyTorch")
+
+    def _change(self, reason: str) -> None:
         warnings.warn(
-            f"{error.operation} has no correct second derivative in PyTorch: going on with finite "
-            "differences of first gradients (mode='finite-difference')",
+            f"{reason}: going on with finite differences of first gradients "
+            "(mode='finite-difference')",
             DoubleBackwardWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
+        self._seen = True
         self._active = self._in_mode(FiniteDifferenceHessian)
 
     def _in_mode(self, mode: type[Hessian]) -> Hessian:

@@ -83,6 +83,8 @@ def _check_forward(value: Tensor) -> None:
     for node in reachable([value.grad_fn] if value.grad_fn is not None else []):
         if node.name() in _WRONG:
             raise ForwardModeError(_WRONG[node.name()])
+        if getattr(node, "_saved_sparse", False):
+            raise ForwardModeError("nn.Embedding(sparse=True), unlike sparse=False,")
         if _multiplies_scattered(node):
             raise ForwardModeError("scatter_reduce with reduce='prod'")
 

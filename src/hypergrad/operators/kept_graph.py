@@ -119,6 +119,8 @@ def check_differentiable(
     for node in nodes:
         if node.name() in _WRONG:
             raise DoubleBackwardError(_WRONG[node.name()])
+        if getattr(node, "_saved_sparse", False):
+            raise DoubleBackwardError("nn.Embedding(sparse=True), unlike sparse=False,")
     custom = [node for node in nodes if isinstance(node, BackwardCFunction)]
     guilty = [node for node in custom if _is_once_differentiable(node) and _leads_to(node, inputs)]
     if not guilty and any(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_structure, check_tree
+from hypergrad.checks import check_structure, check_tree, given
 from hypergrad.optimizers.hyperparameters import leaf_value
 from hypergrad.tree import Tree
 
@@ -99,7 +99,7 @@ def check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             "optimizer must be one of hypergrad.optimizers, such as SGD(lr=0.1) or "
-            f"from_torch(...), got {type(optimizer).__name__}"
+            f"from_torch(...), got {given(optimizer, 'hg.optimizers')}"
         )
 
 

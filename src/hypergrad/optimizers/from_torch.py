@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_tree
+from hypergrad.checks import check_tree, given
 from hypergrad.optimizers.adagrad import Adagrad
 from hypergrad.optimizers.adam import Adam, AdamW
 from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, Uniform
+from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
 from hypergrad.optimizers.rmsprop import RMSprop
 from hypergrad.optimizers.sgd import SGD
 from hypergrad.tree import Tree
@@ -37,7 +38,8 @@ def from_torch(
     gradients, parameters and state.
 
     Args:
-        optimizer: the optimiser, before or after any number of steps.
+        optimizer: the optimiser, before or after any number of steps; also as Accelerate or Fabric
+            prepared it.
         scheduler: of ``optimizer``; the twin's hyperparameters are those that it would set, one
             ``scheduler.step()`` after each update.
 
@@ -56,9 +58,10 @@ def from_torch(
         >>> optimizer.init(params).slots[0]["step"]
         0
     """
+    optimizer, scheduler = unprepared_optimizer(optimizer), unprepared_scheduler(scheduler)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"optimizer must be a torch.optim.Optimizer, got {given(optimizer, 'torch.optim')}"
         )
     if "differentiable" not in optimizer.defaults:
         raise TypeError(
@@ -200,7 +203,7 @@ class _Lookahead:
             raise TypeError(
                 "scheduler must know its future, got ReduceLROnPlateau, which waits for a metric"
             )
-        if getattr(scheduler, "optimizer", None) is not optimizer:
+        if unprepared_optimizer(getattr(scheduler, "optimizer", None)) is not optimizer:
             raise ValueError("scheduler must belong to optimizer, got one of another optimiser")
         stand_in = copy.copy(optimizer)
         stand_in.param_groups = [
@@ -209,7 +212,9 @@ class _Lookahead:
         ]
         self._groups = stand_in.param_groups
         # Every reference inside the copy to the optimiser becomes one to the stand-in.
-        self._scheduler = copy.deepcopy(scheduler, {id(optimizer): stand_in})
+        self._scheduler = copy.deepcopy(
+            scheduler, {id(optimizer): stand_in, id(scheduler.optimizer): stand_in}
+        )
         self._seen = [copy.deepcopy(self._groups)]
 
     def scheduled(self, group: int, name: str, value: Any) -> Any:
