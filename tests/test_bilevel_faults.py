@@ -304,7 +304,8 @@ def test_a_value_that_is_not_finite_stops_the_loop_and_is_named(
     objectives[level] = Poison(objectives[level], call, how)
     solver = ridge_solver(
         **objectives, hypergradient=method, inner_steps=1 if method is SINGLE else 2,
-        inner_loader=[TRAIN] * 3, outer_steps=10, callbacks=[bl.Checkpoint(tmp_path)],
+        inner_loader=[TRAIN] * 3, outer_steps=10, verify="never",
+        callbacks=[bl.Checkpoint(tmp_path)],
     )  # fmt: skip
     with pytest.raises(hg.NonFiniteError, match=message):
         solver.run()

@@ -86,7 +86,7 @@ def test_a_resumed_loop_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert same(everything(resumed), expected)
     assert len(resumed.history) == 7
     for column in whole.history.columns:
-        if column != "seconds":
+        if column not in ("seconds", "verification"):  # a resumed loop verifies once more
             assert resumed.history[column] == whole.history[column], column
 
 

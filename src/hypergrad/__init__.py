@@ -19,6 +19,8 @@ from hypergrad.errors import (
     LinearSolveWarning,
     LoaderError,
     NonFiniteError,
+    VerificationError,
+    VerificationWarning,
 )
 from hypergrad.implicit import Hypergradient, hypergradient
 from hypergrad.linsolve import (
@@ -49,6 +51,7 @@ from hypergrad.minibatch import Averaged, Sampled
 from hypergrad.report import Finding, Report
 from hypergrad.unroll import unroll
 from hypergrad.unrolled import Unrolled, UnrolledHypergradient
+from hypergrad.verification import Verdict, Verification
 
 __all__ = [
     "CG",
@@ -92,6 +95,10 @@ __all__ = [
     "StochasticNeumann",
     "Unrolled",
     "UnrolledHypergradient",
+    "Verdict",
+    "Verification",
+    "VerificationError",
+    "VerificationWarning",
     "WarmStart",
     "accumulate_grad",
     "argmin",

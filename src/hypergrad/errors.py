@@ -20,7 +20,7 @@ class NonFiniteError(ValueError):
 
 
 class DoubleBackwardWarning(HypergradWarning):
-    """An operation has no second derivative, and finite differences are used instead."""
+    """An operation has no right second derivative, and finite differences are used instead."""
 
 
 class DoubleBackwardError(RuntimeError):
@@ -52,6 +52,14 @@ class ForwardModeError(NotImplementedError):
             "or mode='finite-difference', which needs first derivatives only"
         )
         self.operation = operation
+
+
+class VerificationWarning(HypergradWarning):
+    """A derivative behind a hypergradient is wrong, by differences of a lower one."""
+
+
+class VerificationError(RuntimeError):
+    """The same, where ``on_failure="raise"``."""
 
 
 class CompilationError(RuntimeError):

@@ -40,6 +40,13 @@ from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
 from hypergrad.tree import Tree
 from hypergrad.unrolled import Unrolled, UnrolledHypergradient, unrolled_hypergradient
+from hypergrad.verification import (
+    Course,
+    Verification,
+    Verify,
+    report_verification,
+    verify_derivatives,
+)
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 
@@ -57,6 +64,8 @@ class Hypergradient:
         outer_value: ``g(θ, φ)``.
         damping: λ, as given or as chosen by ``damping="auto"``.
         error_bound: a bound on the error of ``grads``, if ``mu`` was given.
+        verification: whether the derivatives of f and g agree with differences; ``None`` if this
+            call did not verify.
     """
 
     grads: Tree
@@ -66,6 +75,7 @@ class Hypergradient:
     outer_value: float
     damping: float = 0.0
     error_bound: ErrorBound | None = None
+    verification: Verification | None = None
 
 
 @overload
@@ -82,6 +92,7 @@ def hypergradient(
     x0: Tree | None = None,
     on_failure: OnFailure = "warn",
     mode: Mode = "auto",
+    verify: Verify = "once",
     method: None = None,
 ) -> Hypergradient: ...
 
@@ -93,6 +104,7 @@ def hypergradient(
     params: Tree,
     hparams: Tree,
     *,
+    verify: Verify = "once",
     method: Unrolled,
 ) -> UnrolledHypergradient: ...
 
@@ -110,6 +122,7 @@ def hypergradient(
     x0: Tree | None = None,
     on_failure: OnFailure = "warn",
     mode: Mode = "auto",
+    verify: Verify = "once",
     method: Unrolled | None = None,
 ) -> Hypergradient | UnrolledHypergradient:
     """``dg/dφ`` at a minimiser θ of the inner objective, by implicit differentiation.
@@ -142,11 +155,17 @@ def hypergradient(
             and says which. For an :class:`Averaged` objective it holds all batches in memory.
             ``None``: no bound.
         x0: where the solver starts, such as ``solve.x`` of the last outer step.
-        on_failure: what a failed solve does: ``"warn"``, ``"raise"`` or ``"ignore"``. The answer
-            from its best iterate is returned in the first and the last case.
+        on_failure: what a failed solve or verification does: ``"warn"``, ``"raise"`` or
+            ``"ignore"``. The answer from its best iterate is returned in the first and the last
+            case.
         mode: how Hessian products are computed, see :func:`hypergrad.operators.hessian`.
+        verify: whether to compare the derivatives with differences along the solution, see
+            :class:`Verification`: ``"once"`` for each pair of objectives and each kind of
+            ``params`` and ``hparams`` in a process, ``"always"`` or ``"never"``. It costs two
+            gradients and two values. Where only second derivatives are wrong, ``mode="auto"`` goes
+            on with finite differences and warns once.
         method: :class:`Unrolled`, for the hypergradient through the steps of an optimiser instead;
-            ``params`` is then where it starts, and the other options do not apply.
+            ``params`` is then where it starts, and only ``verify`` of the other options applies.
 
     Returns:
         The gradients in the structure and dtypes of ``hparams`` (zero for an outer parameter that
@@ -157,6 +176,7 @@ def hypergradient(
         ValueError: an argument is out of its range, a tree is empty or does not match, or an
             objective is not a finite scalar that depends on ``params``.
         LinearSolveError: the solve failed and ``on_failure="raise"``.
+        VerificationError: a derivative is wrong and ``on_failure="raise"``.
         DoubleBackwardError: ``mode="reverse"`` or ``"compiled"``, and an operation has no second
             derivative.
         ForwardModeError: ``mode="forward"``, and an operation has no forward derivative.
@@ -180,6 +200,7 @@ def hypergradient(
     check_tree(params, "params")
     check_tree(hparams, "hparams")
     check_solver(solver)
+    check_choice(verify, "verify", get_args(Verify))
     if method is not None:
         if not isinstance(method, Unrolled):
             raise TypeError(f"method must be hg.Unrolled(...), got {given(method)}")
@@ -189,7 +210,7 @@ def hypergradient(
                 "method must come without the options of implicit differentiation (solver, "
                 "damping, curvature, mu, x0, on_failure, mode); give it its own"
             )
-        return unrolled_hypergradient(method, inner, outer, params, hparams)
+        return unrolled_hypergradient(method, inner, outer, params, hparams, verify)
     if damping != "auto":
         check_number(damping, "damping", at_least=0.0)
     if curvature is not None:
@@ -200,12 +221,56 @@ def hypergradient(
         check_like(x0, params, "x0", "params")
     check_choice(on_failure, "on_failure", get_args(OnFailure))
 
+    course = Course(verify, mode, inner, outer, params, hparams)
+    again = True
+    while again:
+        answer = _answer(
+            inner, outer, params, hparams, solver, damping, curvature, x0, course.mode,
+            verifies=course.verifies, last=mu is None,
+        )  # fmt: skip
+        found = answer.result.verification
+        again = found is not None and course.heard(found)
+    result = answer.result
+    report_verification(result.verification, on_failure=on_failure)
+    report_failure(solver, result.solve, on_failure)
+    if mu is not None:
+        bound = _certify(inner, outer, params, hparams, answer, mu, course.mode)
+        result = replace(result, error_bound=bound)
+    return result
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A hypergradient, and the operators and the right-hand side that made it."""
+
+    result: Hypergradient
+    exact: Hessian
+    operator: LinearOperator
+    rhs: Tree
+
+
+def _answer(
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    solver: LinearSolver,
+    damping: float | Literal["auto"],
+    curvature: Callable[[Tree, Tree], LinearOperator] | None,
+    x0: Tree | None,
+    mode: Mode,
+    *,
+    verifies: bool,
+    last: bool,
+) -> _Answer:
+    """The answer in one mode; ``last`` if no more products are asked for."""
     # One isolation for all products: each costs as much as a few kernels.
     with torch.inference_mode(False), torch.no_grad(), isolated_buffers():
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
         outer_value, rhs, direct = value_and_gradients(outer, theta, phi, "outer")
         exact = hessian(inner, params, hparams, mode=mode)
         operator = exact if curvature is None else _operator(curvature, params, hparams)
+        verification = None
         with exact.repeated():
             if damping == "auto":
                 solution, damping = solve_raising_damping(solver, operator, rhs, x0=x0)
@@ -213,15 +278,30 @@ def hypergradient(
             else:
                 operator = damped(operator, damping)
                 solution = solver.solve(operator, rhs, x0=x0)
-            grads = tr.subtract(direct, exact.vjp_outer(solution.x))
+            if verifies:
+                # A solve that failed at once says nothing, but its right-hand side does.
+                moved = tr.norm(solution.x) > 0.0
+                direction = solution.x if moved else tr.at_least_float32(rhs)
+                if last:
+                    second, along = exact.vjp(direction)
+                else:
+                    second, along = exact.matvec(direction), exact.vjp_outer(direction)
+                mixed = along if moved else tr.zeros_like(along)
+            else:
+                mixed = exact.vjp_outer(solution.x)
+        if verifies:
+            verification = verify_derivatives(
+                inner, outer, params, hparams,
+                direction=direction, second=second if curvature is None else None, mixed=along,
+                inner_value=exact.value, outer_value=outer_value, outer_grads=(rhs, direct),
+                random_state=exact.random_state,
+            )  # fmt: skip
+    grads = tr.subtract(direct, mixed)
     result = Hypergradient(
-        grads, solution, tr.norm(exact.gradient), exact.value, outer_value, damping
-    )
-    report_failure(solver, solution, on_failure)
-    if mu is not None:
-        bound = _certify(inner, outer, params, hparams, result, exact, operator, rhs, mu, mode)
-        result = replace(result, error_bound=bound)
-    return result
+        grads, solution, tr.norm(exact.gradient), exact.value, outer_value, damping,
+        verification=verification,
+    )  # fmt: skip
+    return _Answer(result, exact, operator, rhs)
 
 
 def _operator(
@@ -241,18 +321,16 @@ def _certify(
     outer: Objective,
     params: Tree,
     hparams: Tree,
-    result: Hypergradient,
-    exact: Hessian,
-    operator: LinearOperator,
-    rhs: Tree,
+    answer: _Answer,
     mu: float | Literal["auto"],
     mode: Mode,
 ) -> ErrorBound:
     """The bound: on the exact system where μ is of the Hessian, else on the one that was solved."""
-    system: LinearOperator = exact
+    result = answer.result
+    system: LinearOperator = answer.exact
     source: Source = "given"
     if mu == "auto":
-        system = operator
+        system = answer.operator
         mu, source = system.lower_bound, "operator"
         if not mu > 0.0:
             ends = extreme_eigenvalues(system)
@@ -265,8 +343,8 @@ def _certify(
         hparams,
         v=v,
         grads=result.grads,
-        residual_norm=residual_norm(system, v, tr.at_least_float32(rhs)),
-        rhs_norm=tr.norm(rhs),
+        residual_norm=residual_norm(system, v, tr.at_least_float32(answer.rhs)),
+        rhs_norm=tr.norm(answer.rhs),
         inner_grad_norm=result.inner_grad_norm,
         mu=mu,
         source=source,

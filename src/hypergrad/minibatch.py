@@ -199,6 +199,26 @@ def value_and_gradients(
     return value / total, theta, phi
 
 
+def value(
+    objective: Objective,
+    params: Tree,
+    hparams: Tree,
+    name: str,
+    random_state: RandomState,
+) -> float:
+    """``g`` alone, batch by batch if averaged; see :func:`value_and_gradients`."""
+    if isinstance(objective, Shared) and objective.batch_by_batch:
+        return objective.value_and_gradients(params, hparams, name, random_state)[0]
+    if not isinstance(objective, Averaged):
+        return evaluate(objective, params, hparams, random_state, name).item()
+    total = found = 0.0
+    with closing(objective.replayed_parts(random_state, params, hparams)) as parts:
+        for weight, part, here in parts:
+            total += weight
+            found += weight * evaluate(part, params, hparams, here, name).item()
+    return found / total
+
+
 def _one_batch(
     objective: Objective, params: Tree, hparams: Tree, state: RandomState, name: str
 ) -> tuple[float, Tree, Tree]:

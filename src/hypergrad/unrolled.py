@@ -19,6 +19,13 @@ from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.trajectory import detached
 from hypergrad.tree import Tree
 from hypergrad.unroll import Memory, objectives_of, run
+from hypergrad.verification import (
+    Course,
+    Verification,
+    Verify,
+    report_verification,
+    verify_problem,
+)
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,15 @@ class UnrolledHypergradient:
         params: θ_T, detached: where the next inner loop may start.
         state: of the optimiser there, detached.
         outer_value: ``g(θ_T, φ)``.
+        verification: whether the derivatives of f and g agree with differences where the steps
+            began; ``None`` if this call did not verify.
     """
 
     grads: Tree
     params: Tree
     state: State
     outer_value: float
+    verification: Verification | None = None
 
 
 def unrolled_hypergradient(
@@ -96,14 +106,29 @@ def unrolled_hypergradient(
     outer: Objective,
     params: Tree,
     hparams: Tree,
+    verify: Verify,
 ) -> UnrolledHypergradient:
-    """``dg/dφ`` by :func:`unroll`; only buffers and the random state of the caller's change."""
+    """``dg/dφ`` by :func:`unroll`; only buffers and the random state of the caller's change.
+
+    The derivatives are verified where the steps begin, on the objective of the first one.
+    """
     steps, optimizer = method.steps, method.optimizer
     if steps is None or optimizer is None:
         raise ValueError(
             "method must have its optimizer and its steps outside a BilevelSolver, got "
             f"optimizer={optimizer!r}, steps={steps!r}"
         )
+    objectives = objectives_of(inner, steps)
+    course = Course(verify, method.mode, objectives[0], outer, params, hparams)
+    verification = None
+    if course.verifies and not method.first_order:
+        verification = verify_problem(objectives[0], outer, params, hparams, mode=course.mode)
+        course.heard(verification)
+        report_verification(verification, on_failure="warn")
+    memory = method.memory
+    if memory == "graph" and course.mode == "finite-difference" != method.mode:
+        # A graph would carry the wrong second derivatives.
+        memory = "recompute"
     buffers = Buffers(differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         phi = fresh_leaves(hparams)
@@ -114,20 +139,19 @@ def unrolled_hypergradient(
         check_optimizer(optimizer)
         # From what the caller gave: an optimiser of torch.optim knows its own tensors only.
         state = optimizer.init(params) if method.state is None else method.state
-        objectives = objectives_of(inner, steps)
         theta, state = run(
             objectives,
             optimizer,
             tr.detach(params),
             phi,
             buffers,
-            memory=method.memory,
+            memory=memory,
             truncate=method.truncate,
             first_order=method.first_order,
             state=state,
             directions=method.directions,
             generator=method.generator,
-            mode=method.mode,
+            mode=course.mode,
         )
         end = fresh_leaves(theta)
         value, cotangent, direct, read = outer_gradients(outer, end, phi, buffers)
@@ -140,4 +164,4 @@ def unrolled_hypergradient(
         # an MLP with memory="graph": 34 MiB more, of 80).
         through = gradient(tr.pairing(ends, cotangents), phi)
     grads = tr.add(direct, filled(through, phi))
-    return UnrolledHypergradient(grads, *detached((theta, state)), value)
+    return UnrolledHypergradient(grads, *detached((theta, state)), value, verification)

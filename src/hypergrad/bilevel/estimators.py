@@ -26,6 +26,7 @@ from hypergrad.linsolve import (
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import LinearOperator, Mode, hessian
 from hypergrad.tree import Tree
+from hypergrad.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Estimate:
         solve: the receipt of the linear solve, where there is one.
         matvecs: products with second derivatives.
         multiplier: of a penalty method.
+        verification: of the derivatives, if this step verified them.
     """
 
     grads: Tree
@@ -49,6 +51,7 @@ class Estimate:
     solve: Solution | None = None
     matvecs: int = 0
     multiplier: float | None = None
+    verification: Verification | None = None
 
 
 class Estimator(ABC):
@@ -117,6 +120,7 @@ class Implicit(Estimator):
             mode=self.mode,
             on_failure="ignore" if self.on_failure == "warn" else self.on_failure,
             x0=x0 if warm else None,
+            verify=levels.verify,
         )
         status = result.solve.status
         if self.on_failure == "warn" and status.failed:
@@ -297,4 +301,5 @@ def _with_receipt(result: Hypergradient) -> Estimate:
         solve=result.solve,
         # The mixed product is one more.
         matvecs=result.solve.matvecs + 1,
+        verification=result.verification,
     )

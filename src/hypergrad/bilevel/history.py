@@ -13,6 +13,7 @@ import torch
 from hypergrad.errors import missing_extra
 from hypergrad.linsolve import Status
 from hypergrad.packing import check_form, check_keys
+from hypergrad.verification import Verdict
 
 Value: TypeAlias = float | str | None
 """An entry of the table: a number, the name of a status, or nothing."""
@@ -38,6 +39,8 @@ class Record:
         matvecs: products with second derivatives.
         relative_residual: of the solve, if measured.
         multiplier: of a penalty method.
+        verification: whether the derivatives agree with differences, in the steps that verified
+            them: the name of a :class:`hg.Verdict`.
         metrics: what the objectives (``"inner/name"``, ``"outer/name"``) and callbacks add.
         hparams: φ after the step: each element if there are few, else mean and deviation by tensor.
     """
@@ -56,6 +59,7 @@ class Record:
     matvecs: int = 0
     relative_residual: float | None = None
     multiplier: float | None = None
+    verification: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     hparams: Mapping[str, float] = field(default_factory=dict)
 
@@ -98,7 +102,7 @@ class History:
 
     def __init__(self) -> None:
         self._columns: dict[str, array[float]] = {}
-        self._status: list[str | None] = []
+        self._words: dict[str, list[str | None]] = {name: [] for name in _WORDS}
         self._hparams: list[str] = []
 
     def append(self, record: Record) -> None:
@@ -108,17 +112,18 @@ class History:
                 self._hparams.append(name)
         rows = len(self)
         row = record.row()
-        status = row.pop("status")
+        words = {name: row.pop(name) for name in _WORDS}
         for name in row:
             if name not in self._columns:
                 self._columns[name] = array("d", [math.nan] * rows)
         for name, column in self._columns.items():
             value = row.get(name)
             column.append(math.nan if value is None else float(value))
-        self._status.append(status if status is None else str(status))
+        for name, word in words.items():
+            self._words[name].append(word if word is None else str(word))
 
     def __len__(self) -> int:
-        return len(self._status)
+        return len(self._words["status"])
 
     @property
     def columns(self) -> list[str]:
@@ -128,7 +133,7 @@ class History:
             for name, column in self._columns.items()
             if not all(math.isnan(entry) for entry in column)
         ]
-        return used + (["status"] if any(self._status) else [])
+        return used + [name for name, words in self._words.items() if any(words)]
 
     @property
     def hparams(self) -> list[str]:
@@ -142,13 +147,13 @@ class History:
             KeyError, IndexError: there is none.
         """
         if isinstance(key, str):
-            if key == "status":
-                return list(self._status)
+            if key in self._words:
+                return list(self._words[key])
             if key not in self._columns:
                 raise KeyError(f"no column {key!r}; there are {', '.join(self.columns)}")
             return [_entry(key, number) for number in self._columns[key]]
         entries = {name: _entry(name, column[key]) for name, column in self._columns.items()}
-        return {**entries, "status": self._status[key]}
+        return {**entries, **{name: words[key] for name, words in self._words.items()}}
 
     def __iter__(self) -> Iterator[dict[str, Value]]:
         return (self[i] for i in range(len(self)))
@@ -173,20 +178,27 @@ class History:
                 name: torch.tensor(column, dtype=torch.float64)
                 for name, column in self._columns.items()
             },
-            "status": [_STATUSES.index(status) for status in self._status],
+            "words": {
+                name: [_WORDS[name].index(word) for word in words]
+                for name, words in self._words.items()
+            },
             "hparams": list(self._hparams),
         }
 
     def check_state(self, state: Any) -> None:
         """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
-        check_keys(state, ("columns", "status", "hparams"), "the history")
-        columns, status, hparams = state["columns"], state["status"], state["hparams"]
-        if not (isinstance(columns, dict) and isinstance(status, list)):
-            raise ValueError("the history must have a dict of columns and a list of statuses")
-        rows = torch.empty(len(status), dtype=torch.float64)
+        check_keys(state, ("columns", "words", "hparams"), "the history")
+        columns, words, hparams = state["columns"], state["words"], state["hparams"]
+        check_keys(words, tuple(_WORDS), "the words of the history")
+        if not (isinstance(columns, dict) and all(isinstance(w, list) for w in words.values())):
+            raise ValueError("the history must have a dict of columns and lists of words")
+        rows = torch.empty(len(words["status"]), dtype=torch.float64)
         check_form(columns, dict.fromkeys(columns, rows), "the columns of the history")
-        if any(type(code) is not int or not 0 <= code < len(_STATUSES) for code in status):
-            raise ValueError(f"the statuses of the history must be below {len(_STATUSES)}")
+        for name, known in _WORDS.items():
+            if len(words[name]) != len(rows):
+                raise ValueError(f"the history must have {len(rows)} entries of {name!r}")
+            if any(type(code) is not int or not 0 <= code < len(known) for code in words[name]):
+                raise ValueError(f"the codes of {name!r} must be from 0 to {len(known) - 1}")
         if not isinstance(hparams, list) or not set(hparams) <= columns.keys():
             raise ValueError("the history must have a list of columns that are outer parameters")
 
@@ -194,11 +206,16 @@ class History:
         """The inverse."""
         columns = state["columns"].items()
         self._columns = {name: array("d", values.tolist()) for name, values in columns}
-        self._status = [_STATUSES[code] for code in state["status"]]
+        self._words = {
+            name: [_WORDS[name][code] for code in codes] for name, codes in state["words"].items()
+        }
         self._hparams = list(state["hparams"])
 
 
-_STATUSES: list[str | None] = [None, *(status.name for status in Status)]
+_WORDS: dict[str, list[str | None]] = {
+    "status": [None, *(status.name for status in Status)],
+    "verification": [None, *(verdict.name for verdict in Verdict)],
+}
 _COUNTS = ("step", "inner_steps", "iterations", "matvecs")
 
 

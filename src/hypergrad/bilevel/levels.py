@@ -21,6 +21,7 @@ from hypergrad.isolation import own_parameters_refused
 from hypergrad.minibatch import Averaged, Sampled, bind
 from hypergrad.partial import inside_a_transform
 from hypergrad.tree import Tree
+from hypergrad.verification import Verify, is_verifying
 
 LoopObjective: TypeAlias = Callable[[Tree, Tree, Any], Any]
 """``f(params, hparams, batch)``: returns a scalar tensor, or it and a mapping of metrics."""
@@ -84,9 +85,8 @@ class Measured:
                     value = self._objective(params, hparams, batch)
         if isinstance(value, tuple):
             value, metrics = self._split(value)
-            for key, entry in metrics.items():
-                self._sums[key] = self._sums[key] + entry if key in self._sums else entry
-            self._count += 1
+            if not is_verifying():
+                self._add(metrics)
         if self.uses is None:
             self._notice_hparams(value, hparams)
         if isinstance(value, Tensor):
@@ -109,6 +109,11 @@ class Measured:
         means = {key: float(total) / self._count for key, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
+
+    def _add(self, metrics: dict[str, Any]) -> None:
+        for key, entry in metrics.items():
+            self._sums[key] = self._sums[key] + entry if key in self._sums else entry
+        self._count += 1
 
     def _split(self, value: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
         if len(value) != 2 or not isinstance(value[1], Mapping):
@@ -134,6 +139,7 @@ class Levels:
         inner_stream: the batches of f.
         outer_stream: those of g.
         inner_lr: the present learning rate of the inner optimiser, if it has one.
+        verify: whether this outer step verifies derivatives.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class Levels:
         self.inner_stream = inner_stream
         self.outer_stream = outer_stream
         self.inner_lr: float | None = None
+        self.verify: Verify = "once"
         self._inner_batches = inner_batches
         self._outer_batches = outer_batches
 

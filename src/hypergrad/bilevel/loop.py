@@ -30,9 +30,13 @@ from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import HypergradWarning, NonFiniteError
 from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
+from hypergrad.verification import Verify
 
 Restart: TypeAlias = Literal["initial"] | Callable[[], Tree | None] | None
 """Where the inner problem starts in each outer step; ``None``: where the last one ended."""
+
+# Outer steps between verifications of the derivatives.
+_VERIFY_EVERY = 100
 
 
 class Loop:
@@ -47,6 +51,7 @@ class Loop:
         warmup_steps: before the first one.
         restart: see :class:`hypergrad.BilevelSolver`.
         restart_every: outer steps between restarts.
+        verify: see :class:`hypergrad.BilevelSolver`.
         quiet: whether not to warn of outer parameters that no objective uses.
 
     Attributes:
@@ -65,6 +70,7 @@ class Loop:
         restart: Restart,
         restart_every: int,
         quiet: bool,
+        verify: Verify,
     ) -> None:
         self._levels = levels
         self._procedure = procedure
@@ -76,6 +82,8 @@ class Loop:
         self._restart_every = restart_every
         self._initial = levels.params.state_dict() if restart == "initial" else None
         self._warned = quiet
+        self._resumed = False
+        self._verify = verify
         self.outer_step = 0
 
     @property
@@ -104,6 +112,9 @@ class Loop:
         """
         began = time.perf_counter()
         levels = self._levels
+        due = self._resumed or self.outer_step % _VERIFY_EVERY == 0
+        levels.verify = "always" if due and self._verify == "once" else self._verify
+        self._resumed = False
         begun = self.outer_step > 0 and self.outer_step % self._restart_every == 0
         if begun and self._restart is not None:
             self._restart_inner()
@@ -170,6 +181,7 @@ class Loop:
             part.load_state_dict(saved)
         set_method_state(self._method, state["method"], self._levels.params.tree)
         self.outer_step = state["outer_step"]
+        self._resumed = True
         set_random_states(state["random"], self._levels.inner_stream.device)
 
     def _streams(self) -> list[Stream]:
@@ -181,7 +193,7 @@ class Loop:
     def _record(
         self, losses: Sequence[float], estimate: Estimate, norm: float, seconds: float
     ) -> Record:
-        solve = estimate.solve
+        solve, verification = estimate.solve, estimate.verification
         metrics = {
             f"{name}/{key}": value
             for name, objective in (("inner", self._levels.f), ("outer", self._levels.g))
@@ -202,6 +214,7 @@ class Loop:
             matvecs=estimate.matvecs,
             relative_residual=None if solve is None else solve.relative_residual,
             multiplier=estimate.multiplier,
+            verification=None if verification is None else verification.status.name,
             metrics=metrics,
             hparams=self._outer.summary(),
         )

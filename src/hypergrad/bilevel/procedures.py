@@ -12,9 +12,11 @@ from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.training import Trainer
 from hypergrad.errors import NonFiniteError
 from hypergrad.linsolve import Status
+from hypergrad.operators import Mode
 from hypergrad.packing import check_keys, from_leaves
 from hypergrad.single_loop import LoopState, SingleLoop
 from hypergrad.tree import Tree
+from hypergrad.verification import Course, report_verification, verify_problem
 
 
 class Procedure(ABC):
@@ -153,6 +155,7 @@ class Together(Trained):
         super().__init__(levels, trainer)
         self._method = method
         self._state: LoopState | None = None
+        self._mode: Mode | None = getattr(method, "mode", None)
         self._whole = levels.over_all_batches() if method.over_all_batches else None
 
     def advance(self, steps: int) -> tuple[list[float], Estimate]:
@@ -161,7 +164,17 @@ class Together(Trained):
         inner, outer = self._whole or (levels.inner_objective(), levels.outer_objective())
         params, hparams = levels.params.tree, levels.hparams.tree
         levels.inner_lr = self._trainer.lr
-        method = replace(self._method, lr=step_size(self._method.lr, levels, self._method))
+        options: dict[str, Any] = {"lr": step_size(self._method.lr, levels, self._method)}
+        verification = None
+        if levels.verify == "always" and self._mode is not None:
+            course = Course("always", self._mode, inner, outer, params, hparams)
+            verification = verify_problem(inner, outer, params, hparams, mode=course.mode)
+            course.heard(verification)
+            report_verification(verification, on_failure="warn")
+            self._mode = course.mode
+        if self._mode is not None:
+            options["mode"] = self._mode
+        method = replace(self._method, **options)
         state = self._state or method.init(params)
         found = method.directions(inner, outer, params, hparams, state)
         if not tr.is_finite((found.params, found.hparams)):
@@ -174,6 +187,7 @@ class Together(Trained):
             inner_value=found.inner_value,
             matvecs=found.matvecs,
             multiplier=found.multiplier,
+            verification=verification,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from hypergrad.bilevel.outer import OuterStep
 from hypergrad.bilevel.store import Store
 from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.variables import Variables
-from hypergrad.checks import check_count
+from hypergrad.checks import check_choice, check_count
 from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError
 from hypergrad.linsolve import CG
@@ -30,6 +30,7 @@ from hypergrad.optimizers import Optimizer
 from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
 from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
+from hypergrad.verification import Verify
 
 
 class BilevelSolver:
@@ -84,6 +85,10 @@ class BilevelSolver:
         clip_outer: the largest norm of a hypergradient.
         inner_scheduler: of ``inner_optimizer``, stepped with it.
         outer_scheduler: of ``outer_optimizer``, stepped with it; a plateau scheduler hears g.
+        verify: whether an outer step compares the derivatives with differences, see
+            :func:`hypergrad.hypergradient`: ``"once"`` is here the first step, the first one after
+            a resumption and every hundredth; ``"always"`` or ``"never"``. Methods that draw a fresh
+            batch for each product cannot be compared.
         autocast: ``torch.bfloat16`` or ``torch.float16``, for both objectives.
         device: where to compute; modules and tensors are moved there. ``None``: where θ is.
         seed: of PyTorch's random state, set now, and of the loaders. ``None`` draws one.
@@ -155,6 +160,7 @@ class BilevelSolver:
         clip_outer: float | None = None,
         inner_scheduler: Any = None,
         outer_scheduler: Any = None,
+        verify: Verify = "once",
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
@@ -171,6 +177,7 @@ class BilevelSolver:
         outer_scheduler = unprepared_scheduler(outer_scheduler)
         clips = {"clip_inner": clip_inner, "clip_outer": clip_outer}
         check_options(counts, clips, warmup_steps, project, restart, autocast, callbacks)
+        check_choice(verify, "verify", get_args(Verify))
         device = None if device is None else torch.device(device)
         self._params = Variables(params, "params", device)
         self._hparams = Variables(hparams, "hparams", device)
@@ -215,6 +222,7 @@ class BilevelSolver:
             warmup_steps=warmup_steps,
             restart=restart,
             restart_every=restart_every,
+            verify=verify,
             # φ may act through a function that returns the optimiser.
             quiet=not isinstance(inner_optimizer, (torch.optim.Optimizer, Optimizer)),
         )  # fmt: skip

@@ -98,6 +98,7 @@ class Unrolling(Procedure):
                 method=replace(
                     self._method, optimizer=self._optimizer, steps=batches, state=self._state
                 ),
+                verify=self._levels.verify,
             )
         self._levels.params.assign(result.params, "params")
         self._state = result.state
@@ -107,6 +108,7 @@ class Unrolling(Procedure):
             result.grads,
             outer_value=result.outer_value,
             matvecs=0 if self._method.first_order else products,
+            verification=result.verification,
         )
 
     def reset(self) -> None:

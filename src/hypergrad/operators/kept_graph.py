@@ -134,6 +134,23 @@ def check_differentiable(
         raise DoubleBackwardError(f"a once_differentiable autograd.Function ({names})")
 
 
+def custom_functions(value: Tensor) -> tuple[str, ...]:
+    """The names of the functions in the graph of ``value`` that are not PyTorch's own."""
+    nodes = _nodes([value], set())
+    return tuple(sorted({n.name() for n in nodes if isinstance(n, BackwardCFunction)}))
+
+
+def has_kinks(value: Tensor) -> bool:
+    """Whether a function of PyTorch's in the graph of ``value`` has a gradient that jumps."""
+    return any(_KINKS.match(node.name()) for node in _nodes([value], set()))
+
+
+_KINKS = re.compile(
+    "(Abs|A?[Mm](ax|in)|Clamp|Hard|Kthvalue|LeakyRelu|LinalgVectorNorm|Max|Min|.*[Mm]edian|Norm"
+    "|.*Max_?Pool|Prelu|Relu|Rrelu|Softshrink|Sort|Threshold|Topk|Where)"
+)
+
+
 # PyTorch 2.13 has second derivatives of these, but wrong ones: gradgradcheck fails on a CPU.
 _WRONG = {"WeightNormInterfaceBackward0": "torch._weight_norm"}
 
