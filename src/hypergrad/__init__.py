@@ -48,7 +48,7 @@ from hypergrad.linsolve import (
     StochasticNeumann,
 )
 from hypergrad.minibatch import Averaged, Sampled
-from hypergrad.report import Finding, Report
+from hypergrad.report import Finding, Report, UnrolledReport
 from hypergrad.unroll import unroll
 from hypergrad.unrolled import Unrolled, UnrolledHypergradient
 from hypergrad.verification import Verdict, Verification
@@ -95,6 +95,7 @@ __all__ = [
     "StochasticNeumann",
     "Unrolled",
     "UnrolledHypergradient",
+    "UnrolledReport",
     "Verdict",
     "Verification",
     "VerificationError",

@@ -6,12 +6,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import overload
 
 import torch
+from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.implicit import Hypergradient, hypergradient
+from hypergrad.isolation import Buffers, RandomState
 from hypergrad.linsolve import (
     CG,
     MINRES,
@@ -27,9 +30,16 @@ from hypergrad.linsolve import (
 )
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Damped, Hessian, Mode, hessian
-from hypergrad.report import Finding, Report, Trial
+from hypergrad.report import Finding, Report, Trial, UnrolledReport
 from hypergrad.resolve import directional_derivative
 from hypergrad.tree import Tree
+from hypergrad.unrolled import (
+    Unrolled,
+    UnrolledHypergradient,
+    check_unrolled,
+    unrolled_hypergradient,
+)
+from hypergrad.verification import Verdict, Verification, Verify, verify_further
 
 # A Newton step longer than this part of θ moves the hypergradient visibly.
 _STATIONARY = 1e-2
@@ -39,7 +49,34 @@ _DENSE_SIZE = 1000
 _ITERATIVE = CG(rtol=1e-8, maxiter=500)
 _RTOL = 1e-4  # of the trials
 _TIMINGS = 5
+_DIRECTIONS = 3  # of the verification, at random, and the solution of the reference
 _RANK = 25
+
+
+@overload
+def check(
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    method: None = None,
+    mode: Mode = "auto",
+    generator: torch.Generator | None = None,
+) -> Report: ...
+
+
+@overload
+def check(
+    inner: Callable[..., Tensor],
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    method: Unrolled,
+    mode: Mode = "auto",
+    generator: torch.Generator | None = None,
+) -> UnrolledReport: ...
 
 
 def check(
@@ -48,26 +85,33 @@ def check(
     params: Tree,
     hparams: Tree,
     *,
+    method: Unrolled | None = None,
     mode: Mode = "auto",
     generator: torch.Generator | None = None,
-) -> Report:
+) -> Report | UnrolledReport:
     """Examine a bilevel problem once: stationarity, curvature, agreement, cost, recommendation.
 
     It measures the distance of ``params`` from a stationary point, the extreme eigenvalues of H,
     the time of a product, the hypergradient by five solvers, and the slope of the outer objective
     along a random direction in φ by central differences, with the inner problem solved again by
-    Newton's method on either side. Costs some hundreds of gradients.
+    Newton's method on either side. It verifies the derivatives along four directions, see
+    :class:`Verification`. Costs some hundreds of gradients.
+
+    With ``method=hg.Unrolled(...)`` it compares the unrolled hypergradient with central differences
+    of whole runs, from the same random state, and verifies the derivatives where these begin.
 
     Args:
         inner: f, see :func:`hypergradient`.
         outer: g.
         params: θ, at or near a minimiser of f.
         hparams: φ.
+        method: :class:`Unrolled` with its optimiser and steps, or ``None`` for implicit
+            differentiation.
         mode: see :func:`hypergradient`.
         generator: for the random direction and the sketches; ``None`` is a fixed one.
 
     Returns:
-        A report; ``print`` it.
+        A :class:`Report`, or an :class:`UnrolledReport`; ``print`` it.
 
     Raises:
         TypeError, ValueError, DoubleBackwardError: see :func:`hypergradient`.
@@ -82,6 +126,8 @@ def check(
         True
     """
     generator = generator or torch.Generator().manual_seed(0)
+    if method is not None:
+        return _check_unrolled(method, inner, outer, params, hparams, generator)
     operator = hessian(inner, params, hparams, mode=mode)
     size = tr.size(params)
     ends = extreme_eigenvalues(operator, maxiter=min(100, size), rtol=1e-8)
@@ -89,7 +135,7 @@ def check(
     def attempt(solver: LinearSolver, damping: float) -> Hypergradient:
         return hypergradient(
             inner, outer, params, hparams,
-            solver=solver, damping=damping, on_failure="ignore", mode=mode,
+            solver=solver, damping=damping, on_failure="ignore", mode=mode, verify="never",
         )  # fmt: skip
 
     damping = _needed_damping(ends)
@@ -122,6 +168,15 @@ def check(
     if Finding.NEGATIVE_CURVATURE not in findings:
         measured = directional_derivative(inner, outer, params, hparams, direction, mode=mode)
 
+    directions = [
+        reference.solve.x if tr.norm(reference.solve.x) else operator.gradient,
+        *[tr.random_normal_like(params, generator) for _ in range(_DIRECTIONS)],
+    ]
+    verification = verify_further(
+        inner, outer, params, hparams, mode=mode, directions=directions
+    )  # fmt: skip
+    if verification.status is Verdict.FAILED:
+        findings.append(Finding.DERIVATIVE_WRONG)
     if newton_step > _STATIONARY:
         findings.append(Finding.NOT_STATIONARY)
     if norm == 0.0:
@@ -130,7 +185,7 @@ def check(
         findings.append(Finding.SOLVERS_DISAGREE)
     if math.isnan(measured):
         findings.append(Finding.FINITE_DIFFERENCES_FAILED)
-    elif abs(measured - slope) > 0.02 * max(abs(measured), abs(slope), 1e-2 * norm):
+    elif _differ(measured, slope, norm):
         findings.append(Finding.FINITE_DIFFERENCES_DISAGREE)
     return Report(
         size=size,
@@ -145,9 +200,73 @@ def check(
         trials=trials,
         slope=slope,
         slope_by_differences=measured,
+        verification=verification,
         findings=tuple(findings),
         recommendation=_recommend(findings, trials, damping, _rank(size)),
     )
+
+
+def _check_unrolled(
+    method: Unrolled,
+    inner: Callable[..., Tensor],
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    generator: torch.Generator,
+) -> UnrolledReport:
+    check_unrolled(method)
+    random_state = RandomState(params, hparams)
+
+    def run(displaced: Tree, verify: Verify) -> UnrolledHypergradient:
+        buffers = Buffers(differentiable=True)
+        try:
+            with random_state.replayed():
+                return unrolled_hypergradient(
+                    method, inner, outer, params, displaced, verify, buffers
+                )
+        finally:
+            buffers.take_back()
+
+    result = run(hparams, "always")
+    phi = tr.detach(hparams)
+    direction = tr.random_normal_like(phi, generator)
+    direction = tr.divide(direction, tr.norm(direction))
+    step = max(tr.epsilon(params), tr.epsilon(phi)) ** (1 / 3) * (1.0 + tr.largest(phi))
+    ahead, behind = (
+        run(tr.add(phi, direction, sign * step), "never").outer_value for sign in (1.0, -1.0)
+    )
+    slope = float(tr.dot(result.grads, direction))
+    measured = (ahead - behind) / (2.0 * step)
+    norm = tr.norm(result.grads)
+    findings = []
+    # Where no second derivative takes part none is verified.
+    verification = result.verification or Verification(Verdict.INCONCLUSIVE)
+    if verification.status is Verdict.FAILED:
+        findings.append(Finding.DERIVATIVE_WRONG)
+    if norm == 0.0:
+        findings.append(Finding.ZERO_HYPERGRADIENT)
+    biased = method.first_order or method.truncate is not None or method.directions is not None
+    if _differ(measured, slope, norm):
+        findings.append(Finding.UNROLLED_DISAGREES)
+    advice = "The unrolled hypergradient is the slope of whole runs."
+    if findings:
+        advice = "See the findings."
+    if biased:
+        advice += " first_order, truncate and directions give an estimate that may differ."
+    return UnrolledReport(
+        outer_size=tr.size(hparams),
+        steps=result.state.step - (0 if method.state is None else method.state.step),
+        outer_value=result.outer_value,
+        slope=slope,
+        slope_by_differences=measured,
+        verification=verification,
+        findings=tuple(findings),
+        recommendation=advice,
+    )
+
+
+def _differ(measured: float, slope: float, norm: float) -> bool:
+    return abs(measured - slope) > 0.02 * max(abs(measured), abs(slope), 1e-2 * norm)
 
 
 def _curvature_findings(ends: Extremes) -> list[Finding]:

@@ -39,7 +39,12 @@ from hypergrad.linsolve.base import residual_norm
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
 from hypergrad.tree import Tree
-from hypergrad.unrolled import Unrolled, UnrolledHypergradient, unrolled_hypergradient
+from hypergrad.unrolled import (
+    Unrolled,
+    UnrolledHypergradient,
+    check_unrolled,
+    unrolled_hypergradient,
+)
 from hypergrad.verification import (
     Course,
     Verification,
@@ -202,8 +207,7 @@ def hypergradient(
     check_solver(solver)
     check_choice(verify, "verify", get_args(Verify))
     if method is not None:
-        if not isinstance(method, Unrolled):
-            raise TypeError(f"method must be hg.Unrolled(...), got {given(method)}")
+        check_unrolled(method)
         implicit_only = (solver, damping, curvature, mu, x0, on_failure, mode)
         if implicit_only != (CG(), 0.0, None, None, None, "warn", "auto"):
             raise ValueError(

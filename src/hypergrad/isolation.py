@@ -142,6 +142,12 @@ class Buffers:
             for original, value in self._values.items():
                 original.copy_(value)
 
+    def take_back(self) -> None:
+        """Undo :meth:`give_back`: write the values that the modules began with."""
+        with torch.no_grad():
+            for original, value in self._initial.items():
+                original.copy_(value)
+
     def start(self, original: Tensor) -> Tensor:
         """The value to run on in place of a module's buffer, to be cloned."""
         if original.requires_grad:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from hypergrad.linsolve import Extremes, Status
+from hypergrad.verification import Verification
 
 
 class Finding(Enum):
@@ -35,9 +37,19 @@ class Finding(Enum):
         "the hypergradient is not the slope of the outer objective along re-solved inner problems: "
         "params are not the minimiser, or an objective is not smooth or detaches something"
     )
+    UNROLLED_DISAGREES = (
+        "the unrolled hypergradient is not the slope of the outer objective along whole runs: the "
+        "steps are chaotic (lower the rate, or fewer steps), an objective is not smooth or "
+        "detaches something, or the method is an estimate by choice"
+    )
     FINITE_DIFFERENCES_FAILED = (
         "the inner problem could not be solved again next to hparams, so that the hypergradient "
         "was not compared with finite differences"
+    )
+    DERIVATIVE_WRONG = (
+        "a derivative of an objective is not what differences of a lower one say: see verification "
+        "for which, and mend it, or use mode='finite-difference' if second derivatives alone are "
+        "wrong"
     )
     ZERO_HYPERGRADIENT = (
         "the hypergradient is zero: neither objective depends on hparams, or something detaches"
@@ -79,6 +91,7 @@ class Report:
         slope: the derivative along a random direction in φ by the reference hypergradient.
         slope_by_differences: the same by central differences of ``g(θ*(φ), φ)``; NaN if the inner
             problem could not be solved again.
+        verification: whether the derivatives agree with differences, the worst of four directions.
         findings: what is wrong; empty if nothing is.
         recommendation: which method and settings to use, in words.
     """
@@ -95,6 +108,7 @@ class Report:
     trials: dict[str, Trial]
     slope: float
     slope_by_differences: float
+    verification: Verification
     findings: tuple[Finding, ...]
     recommendation: str
 
@@ -126,6 +140,7 @@ class Report:
             ),
             ("slope by hypergradient", f"{self.slope:.6g}"),
             ("slope by differences", f"{self.slope_by_differences:.6g}"),
+            ("derivatives", str(self.verification)),
         ]
         for name, trial in self.trials.items():
             rows.append(
@@ -135,7 +150,54 @@ class Report:
                     f"{trial.matvecs} products, {trial.status.name}",
                 )
             )
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        lines += [f"! {finding.name}: {finding.value}" for finding in self.findings]
-        return "\n".join([*lines, f"> {self.recommendation}"])
+        return _table(rows, self.findings, self.recommendation)
+
+
+@dataclass(frozen=True)
+class UnrolledReport:
+    """What ``check`` measured of an unrolled hypergradient; prints as a table.
+
+    Attributes:
+        outer_size: the number of outer parameters.
+        steps: how many were differentiated.
+        outer_value: g after them.
+        slope: the derivative along a random direction in φ by the hypergradient.
+        slope_by_differences: the same by central differences of whole runs of the optimiser.
+        verification: whether the derivatives agree with differences where the steps begin.
+        findings: what is wrong; empty if nothing is.
+        recommendation: what to do, in words.
+    """
+
+    outer_size: int
+    steps: int
+    outer_value: float
+    slope: float
+    slope_by_differences: float
+    verification: Verification
+    findings: tuple[Finding, ...]
+    recommendation: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        rows = [
+            ("outer parameters", f"{self.outer_size}"),
+            ("steps", f"{self.steps}"),
+            ("outer value after them", f"{self.outer_value:.6g}"),
+            ("slope by hypergradient", f"{self.slope:.6g}"),
+            ("slope by differences of runs", f"{self.slope_by_differences:.6g}"),
+            ("derivatives", str(self.verification)),
+        ]
+        return _table(rows, self.findings, self.recommendation)
+
+
+def _table(
+    rows: Sequence[tuple[str, str]], findings: Sequence[Finding], recommendation: str
+) -> str:
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += [f"! {finding.name}: {finding.value}" for finding in findings]
+    return "\n".join([*lines, f"> {recommendation}"])

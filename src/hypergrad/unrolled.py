@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.checks import given
 from hypergrad.evaluation import Objective, filled, fresh_leaves, gradient
 from hypergrad.isolation import Buffers
 from hypergrad.minibatch import check_batches
@@ -107,10 +108,12 @@ def unrolled_hypergradient(
     params: Tree,
     hparams: Tree,
     verify: Verify,
+    buffers: Buffers | None = None,
 ) -> UnrolledHypergradient:
     """``dg/dφ`` by :func:`unroll`; only buffers and the random state of the caller's change.
 
     The derivatives are verified where the steps begin, on the objective of the first one.
+    ``buffers`` are those of the modules that run, for a caller who has a use for them.
     """
     steps, optimizer = method.steps, method.optimizer
     if steps is None or optimizer is None:
@@ -129,7 +132,7 @@ def unrolled_hypergradient(
     if memory == "graph" and course.mode == "finite-difference" != method.mode:
         # A graph would carry the wrong second derivatives.
         memory = "recompute"
-    buffers = Buffers(differentiable=True)
+    buffers = buffers or Buffers(differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         phi = fresh_leaves(hparams)
         if not isinstance(optimizer, Optimizer):
@@ -165,3 +168,9 @@ def unrolled_hypergradient(
         through = gradient(tr.pairing(ends, cotangents), phi)
     grads = tr.add(direct, filled(through, phi))
     return UnrolledHypergradient(grads, *detached((theta, state)), value, verification)
+
+
+def check_unrolled(method: object) -> None:
+    """Raise ``TypeError`` unless ``method`` is an :class:`Unrolled`."""
+    if not isinstance(method, Unrolled):
+        raise TypeError(f"method must be hg.Unrolled(...), got {given(method)}")

@@ -22,7 +22,7 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -293,9 +293,15 @@ def verify_derivatives(
 
 
 def verify_problem(
-    inner: Objective, outer: Objective, params: Tree, hparams: Tree, *, mode: Mode
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    mode: Mode,
+    direction: Tree | None = None,
 ) -> Verification:
-    """:func:`verify_derivatives` along ``∂_θ g``, for methods that solve no linear system.
+    """:func:`verify_derivatives` along ``∂_θ g``, or another direction, without a linear system.
 
     Costs some eight gradients. Nothing of the caller's is changed.
     """
@@ -303,13 +309,36 @@ def verify_problem(
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
         outer_value, cotangent, direct = value_and_gradients(outer, theta, phi, "outer")
         exact = hessian(inner, params, hparams, mode=mode)
-        second, mixed = exact.vjp(cotangent)
+        along = direction
+        if along is None:
+            # g may be stationary where steps begin, as at θ = 0.
+            along = cotangent if tr.norm(cotangent) > 0.0 else exact.gradient
+        second, mixed = exact.vjp(along)
         return verify_derivatives(
             inner, outer, params, hparams,
-            direction=cotangent, second=second, mixed=mixed, inner_value=exact.value,
+            direction=along, second=second, mixed=mixed, inner_value=exact.value,
             outer_value=outer_value, outer_grads=(cotangent, direct),
             random_state=exact.random_state,
         )  # fmt: skip
+
+
+def verify_further(
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    mode: Mode,
+    directions: Iterable[Tree],
+) -> Verification:
+    """The worst of :func:`verify_problem` along several directions in θ."""
+    worst = None
+    for direction in directions:
+        found = verify_problem(inner, outer, params, hparams, mode=mode, direction=direction)
+        if worst is None or _ORDER.index(found.status) > _ORDER.index(worst.status):
+            worst = found
+    assert worst is not None
+    return worst
 
 
 class _Displaced:
@@ -566,10 +595,12 @@ def _not_failed(verdict: Verdict) -> Verdict:
     return Verdict.INCONCLUSIVE if verdict is Verdict.FAILED else verdict
 
 
+_ORDER = [Verdict.PASSED, Verdict.INCONCLUSIVE, Verdict.FAILED]
+
+
 def _worst(*judged: tuple[Verdict, float | None]) -> tuple[Verdict, float | None]:
     """The worst verdict, and its largest error."""
-    order = [Verdict.PASSED, Verdict.INCONCLUSIVE, Verdict.FAILED]
-    worst = max((verdict for verdict, _ in judged), key=order.index)
+    worst = max((verdict for verdict, _ in judged), key=_ORDER.index)
     return worst, max(
         (e for verdict, e in judged if verdict is worst and e is not None), default=None
     )
