@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data examples pages docs test test-long attacks lint format types bench bench-peers clean
+.PHONY: help install demo data examples pages docs test test-long test-versions attacks lint format types bench bench-peers clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,10 @@ test: $(STAMP) ## Run the tests, a process for each core
 test-long: $(STAMP) ## Run the tests that take minutes: damaged files, kills, 4,000 linear systems
 	$(BIN)/python -m pytest -n auto -m long
 
+# A plain PyTorch is a build for CUDA: some 5 GB for each of the two environments.
+test-versions: ## Run the tests on the oldest and the newest Python and PyTorch
+	$(PYTHON) tests/versions.py run oldest newest
+
 attacks: $(STAMP) ## Count what damaged files, planted pickles and odd inputs achieve
 	$(BIN)/python tests/attacks.py
 
@@ -84,4 +88,4 @@ bench-peers: $(STAMP) ## Measure hypergrad beside each of its peers, and write d
 	$(BIN)/python -m benchmarks.peers
 
 clean: ## Remove the virtual environment and every cache
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf $(VENV) .venv-peers .venv-versions .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -6,16 +6,21 @@ foreign code ran, and how many odd inputs ended in an error that names no argume
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import pickle
 import random
+import sys
+import tempfile
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import odd_inputs
 import torch
 import torch.distributed as dist
 from loops import TRAIN, ridge_solver
@@ -238,3 +243,40 @@ def run_mutations(
             odd.append(where)
         ends[end] += 1
     return ends, odd
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flips", type=int, default=1000)
+    parser.add_argument("--truncations", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows: list[tuple[str, int, str, int]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder, chance = Path(name), random.Random(options.seed)
+        ends = Counter[str]()
+        for path in written(folder):
+            ends += damaged(path, options.flips // 2, options.truncations // 2, chance)
+    rows.append(("bit flips and truncations", ends.total(), "loaded", ends["loaded"]))
+    rows.append(("", ends.total(), "not refused whole", ends.total() - ends["refused"]))
+    with tempfile.TemporaryDirectory() as name:
+        count, ran, ends = run_planted(Path(name))
+    rows.append(("planted pickles", count, "ran", ran))
+    for kind in ("cg", "saba"):
+        with tempfile.TemporaryDirectory() as name:
+            ends, odd = run_mutations(Path(name), kind)
+        rows.append((f"states with another part ({kind})", ends.total(), "odd ends", len(odd)))
+    ends, obscure, changed = odd_inputs.run()
+    rows.append(("odd trees and contexts", ends.total(), "obscure errors", len(obscure)))
+    rows.append(("", ends.total(), "states left changed", len(changed)))
+    for what, count, bad, number in rows:
+        print(f"{what:32s} {count:6d}   {bad:20s} {number:4d}")
+    for line in [*odd, *obscure, *changed]:
+        print(line)
+    sys.exit(any(number for *_, number in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attacks
+import odd_inputs
 import pytest
 import torch
 from loops import ridge_solver
@@ -313,3 +314,11 @@ solver.run()
         solver.run()
         assert torch.equal(solver.hparams, alone.hparams)
     assert not list(tmp_path.glob("*.pt.*"))
+
+
+@pytest.mark.parametrize("most", [60, pytest.param(None, marks=LONG)])
+def test_odd_inputs_are_right_or_told_and_leave_no_trace(most: int | None) -> None:
+    ends, obscure, changed = odd_inputs.run(most)
+    assert not obscure
+    assert not changed
+    assert min(ends["fine"], ends["told"]) > 0.3 * ends.total()

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import versions
+
 import hypergrad as hg
 
 ROOT = Path(__file__).parent.parent
@@ -45,3 +48,44 @@ def test_the_version_is_in_the_changelog() -> None:
 def test_every_public_name_has_a_docstring() -> None:
     for name in hg.__all__:
         assert getattr(hg, name).__doc__, name
+
+
+def test_the_versions_that_are_tested_are_those_that_are_declared() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    oldest, newest = versions.ENVIRONMENTS["oldest"], versions.ENVIRONMENTS["newest"]
+    assert f'requires-python = ">={oldest.python}"' in project
+    for name, version in (("torch", oldest.torch), ("optree", oldest.optree)):
+        (floor,) = re.findall(rf'"{name}>=([0-9.]+)"', project)
+        assert version == f"{floor}.0"
+    claimed = re.findall(r"Python :: (3\.\d+)", project)
+    assert [claimed[0], claimed[-1]] == [oldest.python, newest.python]
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"torch=={newest.torch}\n" in constraints
+
+
+def test_the_citation_has_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {hg.__version__}\n" in citation
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        ("tqdm", "hg.bilevel.ProgressBar()", "progress"),
+        ("tensorboard", "hg.bilevel.TensorBoard('runs')", "tensorboard"),
+        ("pandas", "hg.bilevel.History().to_pandas()", "pandas"),
+        ("matplotlib", "hg.plot(solver.run())", "plot"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(
+    module: str, call: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loops import ridge_solver
+
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard.writer", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'hypergrad\[{extra}\]'"):
+        eval(call, {"hg": hg, "solver": ridge_solver(outer_steps=1)})

@@ -17,6 +17,7 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.checks import (
     check_choice,
+    check_finite_depth,
     check_no_module,
     check_number,
     check_objective,
@@ -226,6 +227,7 @@ def _decorator(
         @functools.wraps(fit)
         def differentiable(hparams: Tree, *args: Any, **options: Any) -> Any:
             arguments: Tree = (hparams, *args)
+            check_finite_depth(arguments, "hparams and args")
             # A module's parameters would be constants, and their gradients missing in silence.
             for leaf in optree.tree_leaves(arguments):
                 check_no_module(leaf, "hparams and args")

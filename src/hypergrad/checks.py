@@ -24,14 +24,22 @@ def check_objective(objective: Any, name: str, arguments: str = "(params, hparam
         raise TypeError(f"{name} must be a function of {arguments}, got {type(objective).__name__}")
 
 
-def check_tree(tree: Tree, name: str) -> None:
+def check_tree(tree: Tree, name: str, *, values: bool = True, empty: bool = False) -> None:
     """Raise unless ``tree`` has leaves, all of them floating-point tensors.
+
+    Args:
+        tree: to be checked.
+        name: what to call it in errors.
+        values: whether those are needed, which tensors on the meta device do not have.
+        empty: whether it may be without leaves.
 
     Raises:
         TypeError: a leaf is no tensor, or an integer, boolean or complex one.
-        ValueError: there is no leaf, no leaf has an element, or one tensor stands in two places.
+        ValueError: there is no leaf, no leaf has an element, one tensor stands in two places, or
+            the tree holds itself.
     """
     check_no_module(tree, name)
+    check_finite_depth(tree, name)
     paths, found, _ = optree.tree_flatten_with_path(tree)
     seen: dict[int, str] = {}
     for path, leaf in zip(paths, found, strict=True):
@@ -40,13 +48,23 @@ def check_tree(tree: Tree, name: str) -> None:
             raise TypeError(f"{where} must be a tensor, got {_kind(leaf)}{_instead(leaf)}")
         if not leaf.is_floating_point():
             raise TypeError(f"{where} must be a floating-point tensor, got dtype {leaf.dtype}")
-        if leaf.layout != torch.strided:
-            raise TypeError(f"{where} must be a dense tensor, got layout {leaf.layout}")
+        if leaf.dtype.itemsize < _LEAST_BYTES:
+            raise TypeError(
+                f"{where} must have a dtype that PyTorch computes with, got {leaf.dtype}; pass it "
+                "as torch.bfloat16 or wider"
+            )
+        if leaf.layout != torch.strided or leaf.is_nested:
+            layout = "a nested tensor" if leaf.is_nested else f"layout {leaf.layout}"
+            raise TypeError(f"{where} must be a dense tensor, got {layout}")
+        if values and leaf.is_meta:
+            raise ValueError(f"{where} must hold values, got a tensor on the meta device")
         if id(leaf) in seen:
             raise ValueError(
                 f"{name} must hold each tensor once, got one at {seen[id(leaf)]} and {where}"
             )
         seen[id(leaf)] = where
+    if empty and not found:
+        return
     if not found:
         raise ValueError(f"{name} must hold at least one tensor, got {tree!r}")
     if tr.size(tree) == 0:
@@ -87,6 +105,21 @@ def given(value: Any, module: str = "hg") -> str:
     return type(value).__name__
 
 
+# Those of one byte can only be stored and converted.
+_LEAST_BYTES = 2
+
+
+def check_finite_depth(tree: Tree, name: str) -> None:
+    """Raise ``ValueError`` if ``tree`` holds itself."""
+    try:
+        optree.tree_leaves(tree)
+    except RecursionError as error:
+        raise ValueError(
+            f"{name} must be a tree, got a {type(tree).__name__} that holds itself, or is nested "
+            "too deep"
+        ) from error
+
+
 def check_no_module(value: Any, name: str) -> None:
     """Raise ``TypeError`` if a module was given for the tree of its parameters."""
     if isinstance(value, torch.nn.Module):
@@ -101,7 +134,7 @@ def check_like(tree: Tree, reference: Tree, name: str, reference_name: str) -> N
 
     That is: the same structure, shapes and devices, and dtypes that are equal or wider.
     """
-    check_tree(tree, name)
+    check_tree(tree, name, values=False)
     check_structure(tree, reference, name, reference_name)
     for leaf, ref in zip(tr.leaves(tree), tr.leaves(reference), strict=True):
         wider = torch.promote_types(leaf.dtype, ref.dtype) == leaf.dtype

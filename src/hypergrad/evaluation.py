@@ -19,6 +19,7 @@ from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.checks import check_tree, check_value
 from hypergrad.isolation import RandomState, isolated_buffers
 from hypergrad.kernels import twice_differentiable
+from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
 
 Objective: TypeAlias = Callable[[Tree, Tree], Tensor]
@@ -96,7 +97,17 @@ def leaving_no_trace(*, twice: bool) -> Iterator[None]:
 
 
 def fresh_leaves(tree: Tree) -> Tree:
-    """New leaf tensors that share the values of ``tree``, carry no graph and require gradients."""
+    """New leaf tensors that share the values of ``tree``, carry no graph and require gradients.
+
+    Raises:
+        ValueError: a transform of ``torch.func`` is under way, inside which there are no such.
+    """
+    if inside_a_transform():
+        raise ValueError(
+            "inner and outer must be differentiated outside the transforms of torch.func, such as "
+            "grad, vmap or jacfwd; inside them take hg.argmin, hg.root or hg.fixed_point, or "
+            "hg.unroll with memory='graph'"
+        )
     with torch.inference_mode(False):
         return tr.map_leaves(
             lambda leaf: (leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_(),

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad.checks import check_tree
-from hypergrad.partial import Tensors, inside_a_transform
+from hypergrad.partial import Tensors
+from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
 
 

@@ -15,7 +15,8 @@ from torch.autograd.forward_ad import unpack_dual
 from hypergrad.adjoint import Adjoint, inner, leading
 from hypergrad.conditions import Conditions
 from hypergrad.evaluation import dense
-from hypergrad.partial import Tensors, inside_a_transform, partial_gradient
+from hypergrad.partial import Tensors, partial_gradient
+from hypergrad.transforms import inside_a_transform
 
 
 def needs_graph(tensors: Tensors) -> bool:

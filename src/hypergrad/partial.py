@@ -10,6 +10,7 @@ from torch import Tensor
 from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.evaluation import filled, gradient, leaving_no_trace
 from hypergrad.operators.kept_graph import check_differentiable
+from hypergrad.transforms import inside_a_transform
 
 Tensors = Sequence[Tensor]
 
@@ -47,8 +48,3 @@ def partial_gradient(
         grads = gradient(value, views, create_graph=True)
         check_differentiable([grad for grad in grads if grad is not None], [value], views)
         return list(filled(grads, views))
-
-
-def inside_a_transform() -> bool:
-    """Whether ``torch.func`` is at work: vmap, grad and the like."""
-    return torch._C._functorch.maybe_current_level() is not None

@@ -17,7 +17,7 @@ from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.errors import NonFiniteError
 from hypergrad.isolation import Buffers, RandomState, isolated_buffers
-from hypergrad.partial import inside_a_transform
+from hypergrad.transforms import inside_a_transform
 
 
 class Computation(Protocol):

@@ -23,8 +23,8 @@ from hypergrad.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.minibatch import Averaged, Sampled, bind, with_arguments
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
-from hypergrad.partial import inside_a_transform
 from hypergrad.trajectory import Point, Steps, detached, naming_the_step
+from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
 
 Memory: TypeAlias = Literal["recompute", "graph", "checkpoint", "forward"]
@@ -150,8 +150,7 @@ def run(
     """``θ_T`` and ``s_T`` as :func:`unroll` finds them; ``buffers`` end as those of modules."""
     check_optimizer(optimizer)
     check_tree(params, "params")
-    if tr.leaves(hparams):
-        check_tree(hparams, "hparams")
+    check_tree(hparams, "hparams", empty=True)
     check_choice(memory, "memory", get_args(Memory))
     check_choice(mode, "mode", get_args(Mode))
     check_count(truncate, "truncate", optional=True)

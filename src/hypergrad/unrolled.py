@@ -145,7 +145,10 @@ def unrolled_hypergradient(
         theta, state = run(
             objectives,
             optimizer,
-            tr.detach(params),
+            # A tensor of inference mode cannot be kept for a backward pass.
+            tr.map_leaves(
+                lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach(), params
+            ),
             phi,
             buffers,
             memory=memory,

@@ -19,7 +19,7 @@ from hypergrad.errors import NonFiniteError
 from hypergrad.evaluation import Objective, fresh_leaves, gradient
 from hypergrad.isolation import own_parameters_refused
 from hypergrad.minibatch import Averaged, Sampled, bind
-from hypergrad.partial import inside_a_transform
+from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
 from hypergrad.verification import Verify, is_verifying
 

@@ -9,6 +9,7 @@ import torch
 
 from hypergrad.bilevel.callbacks import Callback
 from hypergrad.checks import check_count, check_number, check_objective, given
+from hypergrad.transforms import inside_a_transform
 
 
 def check_options(
@@ -34,6 +35,11 @@ def check_options(
     Raises:
         TypeError, ValueError: one is not.
     """
+    if inside_a_transform():
+        raise ValueError(
+            "inner and outer must be trained outside the transforms of torch.func, such as grad or "
+            "vmap, got a BilevelSolver that is made inside one"
+        )
     for name, count in counts.items():
         check_count(count, name)
     if warmup_steps != 0:

@@ -54,6 +54,17 @@ class Variables:
                     f"{where} must be a leaf tensor, which an optimiser can change, got the result "
                     "of a computation; detach() it"
                 )
+            if leaf.is_inference():
+                raise ValueError(
+                    f"{where} must be a tensor that can be changed, got one of inference mode; "
+                    "pass clone() of it, made outside"
+                )
+            dimensions = zip(leaf.stride(), leaf.shape, strict=True)
+            if any(step == 0 and size > 1 for step, size in dimensions):
+                raise ValueError(
+                    f"{where} must have a place for each element, got an expanded tensor; pass "
+                    "contiguous() of it"
+                )
             if device is not None and leaf.device != device:
                 leaf.data = leaf.data.to(device)
 
