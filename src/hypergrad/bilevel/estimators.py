@@ -75,15 +75,16 @@ class Implicit(Estimator):
     """Implicit differentiation: what a bare linear solver as ``hypergradient=`` stands for.
 
     Args:
-        solver: any of ``hg``, see :func:`hypergrad.hypergradient` for it and the rest.
+        solver: any of ``hg`` that takes its operator for one fixed matrix, see
+            :func:`hypergrad.hypergradient` for it and the rest.
         damping: added to the diagonal of the Hessian.
         curvature: ``curvature(params, hparams, batch)`` returns what to solve with in place of the
             Hessian, on the one batch that f is evaluated on.
         mode: how products are computed.
         on_failure: what a failed solve does; ``"warn"`` warns once for each way to fail, and the
             history has the status of every step.
-        warm_start: start the solve from the last solution. ``None``: where the solver has a
-            tolerance to reach, which it then reaches sooner.
+        warm_start: start the solve from the last solution. ``None``: where the solver says that it
+            gains from it (``gains_from_x0``), such as by reaching its tolerance sooner.
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of its range.
@@ -98,6 +99,13 @@ class Implicit(Estimator):
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
+        if self.solver.needs_fresh_batches:
+            name = "StocBiO" if isinstance(self.solver, StochasticNeumann) else "AmIGO"
+            raise ValueError(
+                f"solver must take its operator for one fixed matrix in a loop, got "
+                f"{type(self.solver).__name__}, which wants a fresh batch for each product; use "
+                f"hg.bilevel.{name}(...), which draws them"
+            )
         if self.damping != "auto":
             check_number(self.damping, "damping", at_least=0.0)
         check_choice(self.mode, "mode", get_args(Mode))
@@ -107,7 +115,7 @@ class Implicit(Estimator):
 
     def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
         """By :func:`hypergrad.hypergradient`."""
-        warm = hasattr(self.solver, "rtol") if self.warm_start is None else self.warm_start
+        warm = self.solver.gains_from_x0 if self.warm_start is None else self.warm_start
         batches, curvature = levels.draw_inner(), self.curvature
         result = hypergradient(
             levels.inner_objective(batches),

@@ -46,9 +46,20 @@ class LinearSolver(ABC):
     Attributes:
         needs_symmetric: whether the method is wrong for a non-symmetric A; ``solve`` then ends as
             ``NOT_SYMMETRIC`` unless the operator is known to be symmetric.
+        needs_fresh_batches: whether each product is to be of another mini-batch, see
+            :class:`hypergrad.Sampled`.
     """
 
     needs_symmetric: ClassVar[bool] = False
+    needs_fresh_batches: ClassVar[bool] = False
+
+    @property
+    def gains_from_x0(self) -> bool:
+        """Whether an ``x0`` near the solution makes a solve cheaper: one with a tolerance to reach.
+
+        The loop starts such a solver from its last solution.
+        """
+        return False
 
     @abstractmethod
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:

@@ -107,6 +107,11 @@ class BlockCG(LinearSolver):
             X, status = zero, Status.NON_FINITE
         return BlockSolution(X, status, iterations, counted.matvecs, residuals)
 
+    @property
+    def gains_from_x0(self) -> bool:
+        """Yes: it stops at its tolerance."""
+        return True
+
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         X, status, iterations, residuals = self._solve(operator, bl.stack([rhs]))
         (x,) = bl.unstack(X)

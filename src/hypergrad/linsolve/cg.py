@@ -81,6 +81,11 @@ class CG(LinearSolver):
     #   have no negative curvature it is rounding. The denominator is `pp`: it has a recurrence of
     #   its own, since z and the last p are conjugate in M⁻¹.
     # - The host reads two scalars an iteration, pᵀAp and ‖r‖ (three with a preconditioner).
+    @property
+    def gains_from_x0(self) -> bool:
+        """Where there is a tolerance."""
+        return self.rtol is not None
+
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         tolerance = max(self.rtol or 0.0, self.atol / rhs_scale)
         maxiter = self.maxiter or 10 * tr.size(rhs)

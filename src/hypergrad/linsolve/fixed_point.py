@@ -70,6 +70,11 @@ class FixedPoint(LinearSolver):
         if self.step == 0.0:
             raise ValueError("step must not be 0")
 
+    @property
+    def gains_from_x0(self) -> bool:
+        """Yes: it stops at its tolerance."""
+        return True
+
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         tolerance = max(self.rtol, self.atol / rhs_scale)
         x, r = tr.zeros_like(rhs), rhs

@@ -64,6 +64,11 @@ class MINRES(LinearSolver):
         check_count(self.maxiter, "maxiter", optional=True)
         check_preconditioner(self.preconditioner)
 
+    @property
+    def gains_from_x0(self) -> bool:
+        """Yes: it stops at its tolerance."""
+        return True
+
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         precondition = prepare(self.preconditioner, operator)
         outcome = refine(

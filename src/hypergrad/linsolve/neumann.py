@@ -63,6 +63,11 @@ class Neumann(LinearSolver):
             check_number(self.step, "step", above=0.0)
         check_number(self.rtol, "rtol", at_least=0.0)
 
+    @property
+    def gains_from_x0(self) -> bool:
+        """Where there is a tolerance."""
+        return self.rtol > 0.0
+
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         step = self.step
         if step is None:

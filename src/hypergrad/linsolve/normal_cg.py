@@ -52,6 +52,11 @@ class NormalCG(LinearSolver):
         check_number(self.atol, "atol", at_least=0.0)
         check_count(self.maxiter, "maxiter", optional=True)
 
+    @property
+    def gains_from_x0(self) -> bool:
+        """Yes: it stops at its tolerance."""
+        return True
+
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         return refine(
             operator,

@@ -41,6 +41,7 @@ class StochasticNeumann(LinearSolver):
     """
 
     needs_symmetric: ClassVar[bool] = False
+    needs_fresh_batches: ClassVar[bool] = True
 
     terms: int = 20
     step: float | None = None
@@ -88,6 +89,7 @@ class SGDSolve(LinearSolver):
     """
 
     needs_symmetric: ClassVar[bool] = True
+    needs_fresh_batches: ClassVar[bool] = True
 
     steps: int = 100
     step: float | None = None
@@ -98,6 +100,11 @@ class SGDSolve(LinearSolver):
         check_count(self.steps, "steps")
         if self.step is not None:
             check_number(self.step, "step", above=0.0)
+
+    @property
+    def gains_from_x0(self) -> bool:
+        """Yes: it goes on where the last solve ended."""
+        return True
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         step = self.step or _estimated_step(operator)

@@ -70,7 +70,7 @@ def from_torch(
     ahead = None if scheduler is None else _Lookahead(optimizer, scheduler)
     groups = []
     for i, group in enumerate(optimizer.param_groups):
-        options = {name: group[name] for name in optimizer.defaults if name not in _HOW}
+        options = {name: _own(group[name]) for name in optimizer.defaults if name not in _HOW}
         if ahead is not None:
             options = {name: ahead.scheduled(i, name, value) for name, value in options.items()}
         groups.append(_rule(type(optimizer), options))
@@ -207,7 +207,12 @@ class _Lookahead:
             raise ValueError("scheduler must belong to optimizer, got one of another optimiser")
         stand_in = copy.copy(optimizer)
         stand_in.param_groups = [
-            {name: value for name, value in group.items() if name != "params"}
+            # Copies: a scheduler writes into rates that are tensors.
+            {
+                name: copy.deepcopy(_detached(value))
+                for name, value in group.items()
+                if name != "params"
+            }
             for group in optimizer.param_groups
         ]
         self._groups = stand_in.param_groups
@@ -241,6 +246,17 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
         name: value.detach().clone() if isinstance(value, Tensor) else value
         for name, value in state.items()
     }
+
+
+def _own(value: Any) -> Any:
+    """An option that later steps of a scheduler leave alone; one to be learned stays itself."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_own, value))
+    return value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 # Flags that say how PyTorch computes, not what.
