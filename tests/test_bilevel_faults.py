@@ -174,10 +174,15 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "steps of hg.Unrolled must be left out in a loop",
     ),
-    "unrolled clip": (
-        lambda: ridge_solver(hypergradient=hg.Unrolled(), clip_inner=1.0),
+    "a Neumann series of fresh batches": (
+        lambda: ridge_solver(hypergradient=hg.StochasticNeumann(5, 0.1)),
         ValueError,
-        "clip_inner must be None with hg.Unrolled",
+        r"got StochasticNeumann.*hg\.bilevel\.StocBiO",
+    ),
+    "descent over fresh batches": (
+        lambda: ridge_solver(hypergradient=bl.Implicit(hg.SGDSolve(5, 0.1))),
+        ValueError,
+        r"got SGDSolve.*hg\.bilevel\.AmIGO",
     ),
     "unrolled without steps": (
         lambda: hg.hypergradient(
@@ -459,6 +464,7 @@ def test_a_warm_up_can_be_interrupted_and_resumed(tmp_path: Path) -> None:
     assert torch.equal(resumed.hparams, whole.hparams)
 
 
+@pytest.mark.filterwarnings("ignore:the outer loss has risen")
 def test_memory_stays_constant_over_ten_thousand_steps() -> None:
     """Tensors are counted, and bytes where the system tells: a row of the history is 200."""
     w, c = torch.zeros(1), torch.ones(1)

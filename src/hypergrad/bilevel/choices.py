@@ -8,13 +8,14 @@ from typing import Any, TypeAlias
 import torch
 
 from hypergrad.bilevel.estimators import AmIGO, Estimator, Implicit, StocBiO
+from hypergrad.bilevel.followed import Followed
 from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.procedures import Alternating, Procedure, Together
 from hypergrad.bilevel.training import Trainer
 from hypergrad.bilevel.unrolling import Unrolling
 from hypergrad.checks import given
 from hypergrad.linsolve import LinearSolver
-from hypergrad.optimizers import Optimizer
+from hypergrad.optimizers import Clipped, Optimizer
 from hypergrad.optimizers import from_torch as twin_of
 from hypergrad.optimizers.prepared import unprepared_optimizer
 from hypergrad.single_loop import SingleLoop
@@ -66,10 +67,12 @@ def procedure(
                 f"each, got {inner_batches} and {outer_batches}"
             )
     if isinstance(method, Unrolled):
-        return Unrolling(
-            method, levels, _differentiable(method, levels, optimizer, scheduler, clip)
-        )
+        steps = _differentiable(method, levels, optimizer, scheduler)
+        ours = isinstance(optimizer, torch.optim.Optimizer)
+        followed = Followed(optimizer, scheduler) if ours else None
+        return Unrolling(method, levels, steps if clip is None else _clipped(steps, clip), followed)
     levels.params.check_optimizer(optimizer, "inner_optimizer")
+    levels.inner_optimizer = optimizer
     trainer = Trainer(levels, optimizer, scheduler, clip, restarts)
     if isinstance(method, SingleLoop):
         return Together(method, levels, trainer)
@@ -108,7 +111,7 @@ def _check_single_loop(
 
 
 def _differentiable(
-    method: Unrolled, levels: Levels, optimizer: Any, scheduler: Any, clip: float | None
+    method: Unrolled, levels: Levels, optimizer: Any, scheduler: Any
 ) -> Optimizer | Callable[[Tree], Optimizer]:
     for name in ("optimizer", "steps", "state"):
         if getattr(method, name) is not None:
@@ -116,8 +119,6 @@ def _differentiable(
                 f"{name} of hg.Unrolled must be left out in a loop, which takes it from "
                 "inner_optimizer and inner_steps"
             )
-    if clip is not None:
-        raise ValueError("clip_inner must be None with hg.Unrolled, which differentiates each step")
     if isinstance(optimizer, torch.optim.Optimizer):
         levels.params.check_optimizer(optimizer, "inner_optimizer")
         return twin_of(optimizer, scheduler=scheduler)
@@ -150,6 +151,14 @@ _PLACES = {
     "hypergrad.optimizers": "hg.optimizers",
     "torch.optim": "torch.optim",
 }
+
+
+def _clipped(
+    optimizer: Optimizer | Callable[[Tree], Optimizer], clip: float
+) -> Optimizer | Callable[[Tree], Optimizer]:
+    if isinstance(optimizer, Optimizer):
+        return Clipped(optimizer, clip)
+    return lambda hparams: Clipped(optimizer(hparams), clip)
 
 
 def check_scheduler(scheduler: Any, optimizer: Any, level: str) -> None:

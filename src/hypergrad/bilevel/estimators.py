@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from hypergrad import tree as tr
 from hypergrad.bilevel.levels import Levels
 from hypergrad.checks import check_choice, check_number, check_objective
-from hypergrad.errors import LinearSolveWarning
-from hypergrad.evaluation import fresh_leaves
+from hypergrad.errors import HypergradWarning, LinearSolveWarning
+from hypergrad.evaluation import filled, fresh_leaves, gradient
 from hypergrad.implicit import Hypergradient, OnFailure, check_solver, hypergradient
 from hypergrad.linsolve import (
     CG,
@@ -25,6 +27,7 @@ from hypergrad.linsolve import (
 )
 from hypergrad.minibatch import value_and_gradients
 from hypergrad.operators import LinearOperator, Mode, hessian
+from hypergrad.optimizers import from_torch
 from hypergrad.tree import Tree
 from hypergrad.verification import Verification
 
@@ -187,10 +190,13 @@ class T1T2(OneStep):
 
 @dataclass(frozen=True)
 class DARTS(OneStep):
-    """One virtual step ahead: ``∂_φ g(θ', φ) − lr (∂_φ F)ᵀ ∂_θ g(θ', φ)``, ``θ' = θ − lr F(θ, φ)``.
+    """One virtual step ahead: ``∂_φ g(θ', φ) + (∂_φ F)ᵀ (∂θ'/∂F)ᵀ ∂_θ g(θ', φ)``.
 
-    Liu et al. 2019, *DARTS: differentiable architecture search*, Equation 7, with the mixed product
-    by central differences of the gradient in φ (Equation 8): first derivatives only.
+    ``θ'`` is where the inner optimiser would lead on the gradient ``F(θ, φ)``, with its momentum
+    and weight decay: for gradient descent ``θ − lr F``. Liu et al. 2019, *DARTS:
+    differentiable architecture search*, Equation 7, with the mixed product by central differences
+    of the gradient in φ (Equation 8): first derivatives only. Where the optimiser has no
+    differentiable twin the step is one of gradient descent, and a warning says so.
 
     Args:
         lr: of the virtual step; ``None`` takes the present one of the inner optimiser, as the paper
@@ -205,19 +211,43 @@ class DARTS(OneStep):
 
     def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
         """By Equations 7 and 8."""
-        params, hparams = levels.params.tree, levels.hparams.tree
-        lr = step_size(self.lr, levels, self)
-        inner = hessian(levels.inner_objective(), params, hparams, mode=self.mode)
-        ahead = tr.add(tr.detach(params), inner.gradient, -lr)
-        leaves = fresh_leaves(ahead), fresh_leaves(hparams)
+        inner = hessian(
+            levels.inner_objective(), levels.params.tree, levels.hparams.tree, mode=self.mode
+        )
+        grads = fresh_leaves(inner.gradient)
+        with torch.enable_grad():
+            ahead = self._ahead(levels, grads)
+        leaves = fresh_leaves(ahead), fresh_leaves(levels.hparams.tree)
         value, cotangent, direct = value_and_gradients(levels.outer_objective(), *leaves, "outer")
+        # For plain gradient descent −lr times the cotangent.
+        vector = filled(gradient(tr.pairing(ahead, cotangent), grads), grads)
         return Estimate(
-            tr.add(direct, inner.vjp_outer(cotangent), -lr),
+            tr.add(direct, inner.vjp_outer(vector)) if tr.norm(vector) > 0.0 else direct,
             outer_value=value,
             inner_value=inner.value,
             inner_grad_norm=tr.norm(inner.gradient),
             matvecs=1,
         )
+
+    def _ahead(self, levels: Levels, grads: Tree) -> Tree:
+        """θ', a function of the gradient."""
+        params = tr.detach(levels.params.tree)
+        try:
+            if levels.inner_optimizer is None:
+                raise TypeError("a loop has an inner optimiser")
+            twin = from_torch(levels.inner_optimizer)
+        except TypeError:
+            warnings.warn(
+                f"DARTS looks ahead by a step of gradient descent, since "
+                f"{type(levels.inner_optimizer).__name__} has no differentiable twin; use "
+                "inner_optimizer=torch.optim.SGD(...) or Adam(...) to look ahead by the step that "
+                "trains",
+                HypergradWarning,
+                stacklevel=1,
+            )
+            return tr.add(params, grads, -step_size(self.lr, levels, self))
+        twin = twin if self.lr is None else twin.with_lr(self.lr)
+        return twin.update(grads, twin.init(levels.params.tree), params)[0]
 
 
 @dataclass(frozen=True)

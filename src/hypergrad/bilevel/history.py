@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -98,6 +98,8 @@ class History:
         ...     history.append(Record(k, 10 * k, 1.0 / k, 2.0 / k, 0.5, 0.01))
         >>> history["outer_loss"], len(history), history[-1]["inner_steps"]
         ([2.0, 1.0], 2, 20)
+        >>> history.best("outer_loss")["step"]
+        2
     """
 
     def __init__(self) -> None:
@@ -154,6 +156,28 @@ class History:
             return [_entry(key, number) for number in self._columns[key]]
         entries = {name: _entry(name, column[key]) for name, column in self._columns.items()}
         return {**entries, **{name: words[key] for name, words in self._words.items()}}
+
+    def best(
+        self, column: str = "outer_loss", *, mode: Literal["min", "max"] = "min"
+    ) -> dict[str, Value]:
+        """The row where a column is at its least, or largest; the first of several.
+
+        ``outer_loss`` is taken before the update of φ: ``hg.bilevel.KeepBest`` knows the φ that it
+        belongs to.
+
+        Raises:
+            KeyError: there is no such column.
+            ValueError: it has no number, or ``mode`` is neither.
+        """
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        sign = 1.0 if mode == "min" else -1.0
+        entries = self[column]
+        numbers = [(sign * value, i) for i, value in enumerate(entries) if _is_number(value)]
+        if not numbers:
+            raise ValueError(f"column must hold numbers, got {column!r} with none")
+        row: dict[str, Value] = self[min(numbers)[1]]
+        return row
 
     def __iter__(self) -> Iterator[dict[str, Value]]:
         return (self[i] for i in range(len(self)))
@@ -217,6 +241,10 @@ _WORDS: dict[str, list[str | None]] = {
     "verification": [None, *(verdict.name for verdict in Verdict)],
 }
 _COUNTS = ("step", "inner_steps", "iterations", "matvecs")
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _entry(name: str, number: float) -> Value:

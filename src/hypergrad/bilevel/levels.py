@@ -140,6 +140,7 @@ class Levels:
         outer_stream: those of g.
         inner_lr: the present learning rate of the inner optimiser, if it has one.
         verify: whether this outer step verifies derivatives.
+        inner_optimizer: the optimiser of ``torch.optim`` that trains θ, where one does.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Levels:
         self.outer_stream = outer_stream
         self.inner_lr: float | None = None
         self.verify: Verify = "once"
+        self.inner_optimizer: torch.optim.Optimizer | None = None
         self._inner_batches = inner_batches
         self._outer_batches = outer_batches
 

@@ -19,6 +19,7 @@ from hypergrad.bilevel.loop import Loop, Restart
 from hypergrad.bilevel.optimizer_state import signature
 from hypergrad.bilevel.options import check_options
 from hypergrad.bilevel.outer import OuterStep
+from hypergrad.bilevel.rise import Rise
 from hypergrad.bilevel.store import Store
 from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.variables import Variables
@@ -81,7 +82,8 @@ class BilevelSolver:
         restart_every: outer steps between restarts.
         project: ``project(hparams)`` after each outer step changes φ in place, or returns what to
             put there, such as ``lambda decay: decay.clamp(min=0.0)``.
-        clip_inner: the largest norm of an inner gradient.
+        clip_inner: the largest norm of an inner gradient; with ``hg.Unrolled()`` the clipping is
+            a part of the steps that is differentiated, see :class:`hypergrad.optimizers.Clipped`.
         clip_outer: the largest norm of a hypergradient.
         inner_scheduler: of ``inner_optimizer``, stepped with it.
         outer_scheduler: of ``outer_optimizer``, stepped with it; a plateau scheduler hears g.
@@ -234,6 +236,7 @@ class BilevelSolver:
         heard = [c for c in callbacks if self.is_first_rank or not c.first_rank_only]
         self._callbacks = sorted(heard, key=lambda callback: callback.saves)
         self.history = History()
+        self._rise = Rise(outer_loader, outer_batches)
         self.outer_steps = outer_steps
         self.stop_reason: str | None = None
 
@@ -371,6 +374,8 @@ class BilevelSolver:
         for callback in callbacks:
             record = record.with_metrics(callback.measure(self, record))
         self.history.append(record)
+        if self.is_first_rank:
+            self._rise.see(record.outer_loss)
         for callback in callbacks:
             callback.on_step(self, record)
         if self._ranks is not None:
@@ -439,6 +444,7 @@ class BilevelSolver:
     ) -> None:
         take_loop(saved["loop"])
         self.history.load_state_dict(saved["history"])
+        self._rise.restart(self.history["outer_loss"] if len(self.history) else [])
         # By kind and order: the callbacks of this run may be others.
         states: dict[str, list[Any]] = {}
         for kind, state in saved["callbacks"]:

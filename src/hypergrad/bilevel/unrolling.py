@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.bilevel.estimators import Estimate
+from hypergrad.bilevel.followed import Followed
 from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.procedures import Procedure
 from hypergrad.bilevel.training import naming
@@ -32,10 +33,15 @@ class Unrolling(Procedure):
         method: how.
         levels: the problem.
         optimizer: makes the steps; or a function of φ that returns what does.
+        followed: the optimiser of ``torch.optim`` whose twin ``optimizer`` is, if it is one.
     """
 
     def __init__(
-        self, method: Unrolled, levels: Levels, optimizer: Optimizer | Callable[[Tree], Optimizer]
+        self,
+        method: Unrolled,
+        levels: Levels,
+        optimizer: Optimizer | Callable[[Tree], Optimizer],
+        followed: Followed | None,
     ) -> None:
         if method.mode == "compiled":
             raise ValueError(
@@ -45,6 +51,7 @@ class Unrolling(Procedure):
         self._method = method
         self._levels = levels
         self._optimizer = optimizer
+        self._followed = followed
         self._initial = self._state = self._present().init(levels.params.tree)
         self._count = 0
 
@@ -76,6 +83,7 @@ class Unrolling(Procedure):
                 )
             self._levels.params.assign(params, "params")
             self._count += 1
+        self._lead()
         return list(losses.values())
 
     def advance(self, steps: int) -> tuple[list[float], Estimate]:
@@ -103,6 +111,7 @@ class Unrolling(Procedure):
         self._levels.params.assign(result.params, "params")
         self._state = result.state
         self._count += steps
+        self._lead()
         products = min(steps, self._method.truncate or steps)
         return list(losses.values()), Estimate(
             result.grads,
@@ -114,6 +123,7 @@ class Unrolling(Procedure):
     def reset(self) -> None:
         """Start from the optimiser's first state."""
         self._state = self._initial
+        self._lead()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state."""
@@ -143,6 +153,11 @@ class Unrolling(Procedure):
         leaves = self._levels.params.leaves
         slots = zip(state["slots"], self._initial.slots, leaves, strict=True)
         self._state = State(state["step"], tuple(_moved(*parts) for parts in slots))
+        self._lead()
+
+    def _lead(self) -> None:
+        if self._followed is not None:
+            self._followed.follow(self._state, self._levels.params.leaves)
 
     def _present(self) -> Optimizer:
         if isinstance(self._optimizer, Optimizer):

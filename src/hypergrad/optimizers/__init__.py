@@ -14,6 +14,7 @@ from hypergrad.optimizers.base import (
     Uniform,
     check_optimizer,
 )
+from hypergrad.optimizers.clipped import Clipped
 from hypergrad.optimizers.from_torch import from_torch
 from hypergrad.optimizers.hyperparameters import Hyperparameter
 from hypergrad.optimizers.legacy import diff_sgd
@@ -25,6 +26,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Clipped",
     "Hyperparameter",
     "Optimizer",
     "RMSprop",

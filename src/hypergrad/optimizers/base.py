@@ -55,6 +55,10 @@ class Optimizer(ABC):
     ) -> tuple[Tensor, Slot]:
         """The next value of a leaf, and of what is remembered of it."""
 
+    def prepared(self, grads: Tree) -> Tree:
+        """What a step makes of all gradients together before it goes leaf by leaf."""
+        return grads
+
     def settings(self, state: State, params: Tree) -> list[Settings]:
         """The hyperparameters of the next update, leaf by leaf: a tree of numbers and tensors."""
         return [
@@ -86,9 +90,9 @@ class Optimizer(ABC):
                 f"{len(leaves)}; make it with init(params)"
             )
         used = self.settings(state, params) if settings is None else settings
+        given = tr.leaves(self.prepared(grads))
         updated = [
-            self.update_leaf(*parts)
-            for parts in zip(leaves, tr.leaves(grads), state.slots, used, strict=True)
+            self.update_leaf(*parts) for parts in zip(leaves, given, state.slots, used, strict=True)
         ]
         new_params = tr.unflatten_like(params, [param for param, _ in updated])
         return new_params, State(state.step + 1, tuple(slot for _, slot in updated))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
@@ -27,7 +27,7 @@ def from_torch(
     optimizer: torch.optim.Optimizer,
     *,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-) -> Optimizer:
+) -> FromTorch:
     """The differentiable twin of a ``torch.optim`` optimiser: its groups, its state, its schedule.
 
     ``init`` of the twin takes the very tensors that ``optimizer`` holds, in any tree, such as
@@ -121,6 +121,10 @@ class FromTorch(Optimizer):
             )
         return State(0, tuple(slots))
 
+    def with_lr(self, lr: float) -> FromTorch:
+        """The same at another learning rate."""
+        return replace(self, groups=tuple(_at_rate(rule, lr) for rule in self.groups))
+
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
         """Those of the leaf's group."""
         if slot["group"] is None:
@@ -209,7 +213,7 @@ class _Lookahead:
         stand_in.param_groups = [
             # Copies: a scheduler writes into rates that are tensors.
             {
-                name: copy.deepcopy(_detached(value))
+                name: copy.deepcopy(value.detach() if isinstance(value, Tensor) else value)
                 for name, value in group.items()
                 if name != "params"
             }
@@ -248,15 +252,18 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _at_rate(rule: Any, lr: float) -> Uniform:
+    if isinstance(rule, TorchRule):
+        return replace(rule, options={**rule.options, "lr": lr})
+    changed: Uniform = replace(rule, lr=lr)
+    return changed
+
+
 def _own(value: Any) -> Any:
     """An option that later steps of a scheduler leave alone; one to be learned stays itself."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(_own, value))
     return value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 # Flags that say how PyTorch computes, not what.

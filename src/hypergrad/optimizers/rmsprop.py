@@ -62,7 +62,7 @@ class RMSprop(Uniform):
     def new_slot(self, param: Tensor) -> Slot:
         """Zero averages, and no momentum yet."""
         zero = torch.zeros_like(param, requires_grad=False)
-        slot = {"square_avg": zero, "momentum_buffer": None}
+        slot = {"step": 0, "square_avg": zero, "momentum_buffer": None}
         return {**slot, "grad_avg": zero} if self.centered else slot
 
     def update_leaf(
@@ -71,7 +71,7 @@ class RMSprop(Uniform):
         """One step of one leaf."""
         lr, alpha, momentum = settings["lr"], settings["alpha"], settings["momentum"]
         grad = descent_gradient(grad, param, settings)
-        updated = dict(slot)
+        updated = {**slot, "step": slot["step"] + 1}
         v = updated["square_avg"] = moving_square(slot["square_avg"], grad, alpha)
         if self.centered:
             mean = updated["grad_avg"] = moving_average(slot["grad_avg"], grad, alpha)

@@ -1,6 +1,7 @@
 """What listens to a loop: progress, logs, checkpoints, evaluation, reasons to stop."""
 
 from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.callbacks.best import KeepBest
 from hypergrad.bilevel.callbacks.checkpoint import Checkpoint
 from hypergrad.bilevel.callbacks.evaluation import Evaluation
 from hypergrad.bilevel.callbacks.progress import ProgressBar
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "EarlyStopping",
     "Evaluation",
+    "KeepBest",
     "ProgressBar",
     "TableFile",
     "TensorBoard",
