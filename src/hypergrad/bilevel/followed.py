@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.bilevel.training import load_optimizer_state, optimizer_state
+from hypergrad.bilevel.optimizer_state import load_optimizer_state, optimizer_state
 from hypergrad.optimizers import State
 
 
