@@ -24,8 +24,7 @@ from hypergrad.verification import (
     Course,
     Verification,
     Verify,
-    report_verification,
-    verify_problem,
+    verify_on_course,
 )
 
 
@@ -125,9 +124,7 @@ def unrolled_hypergradient(
     course = Course(verify, method.mode, objectives[0], outer, params, hparams)
     verification = None
     if course.verifies and not method.first_order:
-        verification = verify_problem(objectives[0], outer, params, hparams, mode=course.mode)
-        course.heard(verification)
-        report_verification(verification, on_failure="warn")
+        verification = verify_on_course(course, objectives[0], outer, params, hparams)
     memory = method.memory
     if memory == "graph" and course.mode == "finite-difference" != method.mode:
         # A graph would carry the wrong second derivatives.

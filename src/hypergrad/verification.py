@@ -322,6 +322,18 @@ def verify_problem(
         )  # fmt: skip
 
 
+def verify_on_course(
+    course: Course, inner: Objective, outer: Objective, params: Tree, hparams: Tree
+) -> Verification:
+    """:func:`verify_problem`, again by differences where the course changes; told if it fails."""
+    again = True
+    while again:
+        found = verify_problem(inner, outer, params, hparams, mode=course.mode)
+        again = course.heard(found)
+    report_verification(found, on_failure="warn")
+    return found
+
+
 def verify_further(
     inner: Objective,
     outer: Objective,

@@ -16,7 +16,7 @@ from hypergrad.operators import Mode
 from hypergrad.packing import check_keys, from_leaves
 from hypergrad.single_loop import LoopState, SingleLoop
 from hypergrad.tree import Tree
-from hypergrad.verification import Course, report_verification, verify_problem
+from hypergrad.verification import Course, verify_on_course
 
 
 class Procedure(ABC):
@@ -168,9 +168,7 @@ class Together(Trained):
         verification = None
         if levels.verify == "always" and self._mode is not None:
             course = Course("always", self._mode, inner, outer, params, hparams)
-            verification = verify_problem(inner, outer, params, hparams, mode=course.mode)
-            course.heard(verification)
-            report_verification(verification, on_failure="warn")
+            verification = verify_on_course(course, inner, outer, params, hparams)
             self._mode = course.mode
         if self._mode is not None:
             options["mode"] = self._mode
