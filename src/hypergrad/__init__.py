@@ -6,6 +6,7 @@ from hypergrad.accumulate import accumulate_grad
 from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.bilevel import BilevelSolver, plot
 from hypergrad.certificate import ErrorBound
+from hypergrad.comparison import Verdict
 from hypergrad.conditions import WarmStart
 from hypergrad.diagnosis import check
 from hypergrad.errors import (
@@ -51,7 +52,7 @@ from hypergrad.minibatch import Averaged, Sampled
 from hypergrad.report import Finding, Report, UnrolledReport
 from hypergrad.unroll import unroll
 from hypergrad.unrolled import Unrolled, UnrolledHypergradient
-from hypergrad.verification import Verdict, Verification
+from hypergrad.verification import Verification
 
 __all__ = [
     "CG",

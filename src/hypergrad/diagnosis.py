@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.comparison import Verdict
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.implicit import Hypergradient, hypergradient
 from hypergrad.isolation import Buffers, RandomState
@@ -39,7 +40,7 @@ from hypergrad.unrolled import (
     check_unrolled,
     unrolled_hypergradient,
 )
-from hypergrad.verification import Verdict, Verification, Verify, verify_further
+from hypergrad.verification import Verification, Verify, verify_further
 
 # A Newton step longer than this part of θ moves the hypergradient visibly.
 _STATIONARY = 1e-2

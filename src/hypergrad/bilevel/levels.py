@@ -14,6 +14,7 @@ from hypergrad.bilevel.stream import Failed, Stream, to_device
 from hypergrad.bilevel.variables import Variables
 from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.checks import check_dependence, check_objective, check_value
+from hypergrad.comparison import is_verifying
 from hypergrad.distributed import DataParallel
 from hypergrad.errors import NonFiniteError
 from hypergrad.evaluation import Objective, fresh_leaves, gradient
@@ -21,7 +22,7 @@ from hypergrad.isolation import own_parameters_refused
 from hypergrad.minibatch import Averaged, Sampled, bind
 from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
-from hypergrad.verification import Verify, is_verifying
+from hypergrad.verification import Verify
 
 LoopObjective: TypeAlias = Callable[[Tree, Tree, Any], Any]
 """``f(params, hparams, batch)``: returns a scalar tensor, or it and a mapping of metrics."""
