@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad.comparison import Verdict
+from hypergrad.dependence import examine
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.implicit import Hypergradient, hypergradient
 from hypergrad.isolation import Buffers, RandomState
@@ -46,6 +47,8 @@ from hypergrad.verification import Verification, Verify, verify_further
 _STATIONARY = 1e-2
 _ILL_CONDITIONED = 1e5
 _AGREE = 1e-2
+# The outer gradient as a part of the inner one, where θ looks trained on the outer objective.
+_SWAPPED = 1e-3
 _DENSE_SIZE = 1000
 _ITERATIVE = CG(rtol=1e-8, maxiter=500)
 _RTOL = 1e-4  # of the trials
@@ -157,6 +160,8 @@ def check(
             difference / norm if norm else difference, solve.status, solve.iterations, solve.matvecs
         )
 
+    leaves = fresh_leaves(params), fresh_leaves(hparams)
+    outer_gradient = value_and_gradients(outer, *leaves, "outer")[1]
     step = reference_solver.solve(Damped(operator, damping), operator.gradient).x
     length = tr.norm(params)
     newton_step = tr.norm(step) / length if length else tr.norm(step)
@@ -180,8 +185,15 @@ def check(
         findings.append(Finding.DERIVATIVE_WRONG)
     if newton_step > _STATIONARY:
         findings.append(Finding.NOT_STATIONARY)
+        if tr.norm(outer_gradient) <= _SWAPPED * reference.inner_grad_norm:
+            findings.append(Finding.SWAPPED)
     if norm == 0.0:
         findings.append(Finding.ZERO_HYPERGRADIENT)
+    unused, closed_over = examine(inner, outer, params, hparams)
+    if unused:
+        findings.append(Finding.UNUSED_HPARAMS)
+    if closed_over:
+        findings.append(Finding.CLOSED_OVER)
     if any(t.status is Status.CONVERGED and t.difference > _AGREE for t in trials.values()):
         findings.append(Finding.SOLVERS_DISAGREE)
     if math.isnan(measured):
@@ -204,6 +216,8 @@ def check(
         verification=verification,
         findings=tuple(findings),
         recommendation=_recommend(findings, trials, damping, _rank(size)),
+        unused=tuple(unused),
+        closed_over=tuple(closed_over),
     )
 
 

@@ -24,6 +24,7 @@ from hypergrad.checks import (
     check_tree,
     given,
 )
+from hypergrad.dependence import warn_of_unused
 from hypergrad.errors import LinearSolveWarning
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.isolation import isolated_buffers
@@ -162,7 +163,7 @@ def hypergradient(
         x0: where the solver starts, such as ``solve.x`` of the last outer step.
         on_failure: what a failed solve or verification does: ``"warn"``, ``"raise"`` or
             ``"ignore"``. The answer from its best iterate is returned in the first and the last
-            case.
+            case. The last one is also silent about outer parameters that neither objective uses.
         mode: how Hessian products are computed, see :func:`hypergrad.operators.hessian`.
         verify: whether to compare the derivatives with differences along the solution, see
             :class:`Verification`: ``"once"`` for each pair of objectives and each kind of
@@ -237,6 +238,8 @@ def hypergradient(
     result = answer.result
     report_verification(result.verification, on_failure=on_failure)
     report_failure(solver, result.solve, on_failure)
+    if on_failure != "ignore":
+        warn_of_unused(inner, outer, params, hparams, result.grads)
     if mu is not None:
         bound = _certify(inner, outer, params, hparams, answer, mu, course.mode)
         result = replace(result, error_bound=bound)

@@ -51,6 +51,18 @@ class Finding(Enum):
         "for which, and mend it, or use mode='finite-difference' if second derivatives alone are "
         "wrong"
     )
+    UNUSED_HPARAMS = (
+        "no gradient of either objective reaches some of hparams: compute with the argument, "
+        "without detach(), .item() or float(), or leave them out"
+    )
+    CLOSED_OVER = (
+        "an objective computes with a tensor of params or hparams that it closes over, which is a "
+        "constant to every derivative: use its arguments"
+    )
+    SWAPPED = (
+        "params are at a stationary point of the outer objective and not of the inner one: "
+        "are the two in the right order, check(inner, outer, ...)?"
+    )
     ZERO_HYPERGRADIENT = (
         "the hypergradient is zero: neither objective depends on hparams, or something detaches"
     )
@@ -94,6 +106,8 @@ class Report:
         verification: whether the derivatives agree with differences, the worst of four directions.
         findings: what is wrong; empty if nothing is.
         recommendation: which method and settings to use, in words.
+        unused: the outer parameters that no gradient reaches.
+        closed_over: tensors of the caller's that an objective uses in place of its arguments.
     """
 
     size: int
@@ -111,6 +125,8 @@ class Report:
     verification: Verification
     findings: tuple[Finding, ...]
     recommendation: str
+    unused: tuple[str, ...] = ()
+    closed_over: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -142,6 +158,10 @@ class Report:
             ("slope by differences", f"{self.slope_by_differences:.6g}"),
             ("derivatives", str(self.verification)),
         ]
+        if self.unused:
+            rows.append(("unused", ", ".join(self.unused)))
+        if self.closed_over:
+            rows.append(("closed over", ", ".join(self.closed_over)))
         for name, trial in self.trials.items():
             rows.append(
                 (

@@ -27,6 +27,7 @@ from hypergrad.bilevel.snapshot import (
 from hypergrad.bilevel.stream import Stream
 from hypergrad.bilevel.training import naming
 from hypergrad.bilevel.variables import Variables
+from hypergrad.dependence import told_by_the_caller
 from hypergrad.errors import HypergradWarning, NonFiniteError
 from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
@@ -119,7 +120,10 @@ class Loop:
         if begun and self._restart is not None:
             self._restart_inner()
         streams = self._streams()
-        with naming(lambda: f"outer step {self.outer_step} ({'; '.join(map(str, streams))})"):
+        with (
+            naming(lambda: f"outer step {self.outer_step} ({'; '.join(map(str, streams))})"),
+            told_by_the_caller(),
+        ):
             losses, estimate = self._procedure.advance(self._inner_steps)
             norm = self._outer.apply(estimate.grads, estimate.outer_value)
             for level in (levels.params, levels.hparams):
