@@ -200,13 +200,14 @@ def test_outer_parameters_that_only_g_uses_or_nobody() -> None:
         "only_outer": torch.tensor([2.0, 3.0], dtype=torch.float64),
         "unused": torch.ones(3),
     }
-    result = hg.hypergradient(
-        lambda w, h: problem.inner(w, h["decay"]),
-        lambda w, h: problem.outer(w, h["decay"]) + h["only_outer"].square().sum(),
-        problem.params,
-        hparams,
-        solver=hg.CG(rtol=1e-12),
-    )
+    with pytest.warns(hg.HypergradWarning, match="neither inner nor outer uses hparams"):
+        result = hg.hypergradient(
+            lambda w, h: problem.inner(w, h["decay"]),
+            lambda w, h: problem.outer(w, h["decay"]) + h["only_outer"].square().sum(),
+            problem.params,
+            hparams,
+            solver=hg.CG(rtol=1e-12),
+        )
     assert relative_error(result.grads["decay"], problem.hypergradient) < 1e-9
     assert torch.equal(result.grads["only_outer"], 2 * hparams["only_outer"])
     assert torch.equal(result.grads["unused"], torch.zeros(3))
