@@ -194,3 +194,28 @@ def test_in_the_loop() -> None:
         inner_steps=5, outer_steps=1, seed=0,
     ).run()  # fmt: skip
     assert float(RATE - rate.detach()) == pytest.approx(right, rel=1e-6)
+
+
+def implicit(task: Task) -> Any:
+    params = {key: value.detach() for key, value in task.model.named_parameters()}
+    rows = task.batches[0]
+    return hg.hypergradient(
+        lambda w, h: task.inner(w, h, rows) + h.exp() * sum(p.square().sum() for p in w.values()),
+        task.outer, params, RATE, damping=10.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("middle", ["batch norm", "instance norm", "of a library"])
+def test_the_implicit_derivative_names_the_statistics_that_it_leaves_out(middle: str) -> None:
+    task = Task(MIDDLES[middle]())
+    with pytest.warns(hg.HypergradWarning, match=r"outer reads the buffer .*running_.*Unrolled"):
+        implicit(task)
+
+
+def test_the_implicit_derivative_is_quiet_where_the_remedies_are_taken() -> None:
+    """By the filter of the tests, which turns a warning into an error."""
+    by_batch, frozen = Task([nn.BatchNorm1d(6)]), Task([nn.BatchNorm1d(6)])
+    by_batch.model.eval = lambda: by_batch.model.train()  # type: ignore[method-assign]
+    frozen.model.train = lambda mode=True: nn.Module.train(frozen.model, False)  # type: ignore[method-assign]
+    implicit(by_batch)
+    implicit(frozen)

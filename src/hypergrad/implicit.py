@@ -38,6 +38,7 @@ from hypergrad.linsolve import (
 )
 from hypergrad.linsolve.base import residual_norm
 from hypergrad.minibatch import value_and_gradients
+from hypergrad.moving_buffers import warn_of_statistics
 from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
 from hypergrad.tree import Tree
 from hypergrad.unrolled import (
@@ -236,6 +237,8 @@ def hypergradient(
         found = answer.result.verification
         again = found is not None and course.heard(found)
     result = answer.result
+    if result.verification is not None:
+        warn_of_statistics(inner, outer, params, hparams)
     report_verification(result.verification, on_failure=on_failure)
     report_failure(solver, result.solve, on_failure)
     if on_failure != "ignore":

@@ -15,7 +15,7 @@ from hypergrad import tree as tr
 from hypergrad.errors import HypergradWarning
 from hypergrad.evaluation import Objective, evaluate, fresh_leaves
 from hypergrad.isolation import Buffers, RandomState
-from hypergrad.minibatch import Averaged, value_and_gradients
+from hypergrad.minibatch import Averaged, Sampled, value_and_gradients
 from hypergrad.trajectory import starting_from
 from hypergrad.tree import Tree
 
@@ -74,6 +74,40 @@ def warn_of_constants(buffers: Buffers, originals: Sequence[Tensor]) -> None:
             "them where gradients are recorded, or let outer do without them",
             HypergradWarning,
             stacklevel=4,
+        )
+
+
+def warn_of_statistics(inner: Objective, outer: Objective, params: Tree, hparams: Tree) -> None:
+    """Say which buffers are functions of θ in truth, and constants to the implicit derivative.
+
+    It costs one evaluation of f, and where that changes a buffer one gradient of g.
+
+    Args:
+        inner: f.
+        outer: g.
+        params: θ.
+        hparams: φ.
+    """
+    if isinstance(inner, Averaged):
+        _, inner = next(inner.parts())
+    elif isinstance(inner, Sampled):
+        return  # Looking would take a batch.
+    theta, phi = fresh_leaves(params), fresh_leaves(hparams)
+    buffers = Buffers()
+    with buffers.carried():
+        evaluate(inner, theta, phi, RandomState(theta, phi), "inner")
+    if not buffers.moved():
+        return
+    *_, read = outer_gradients(outer, theta, phi, buffers)
+    names = [name for name in map(buffers.name, read) if not name.endswith(("_u", "_v"))]
+    if names:
+        warnings.warn(
+            f"outer reads {_listed(names)}, which inner changes: they follow θ, and implicit "
+            "differentiation takes them for constants; use method=hg.Unrolled(...), which "
+            "differentiates them, or let outer normalise by its own batch (model.train()), or "
+            "freeze them in inner (model.eval())",
+            HypergradWarning,
+            stacklevel=3,
         )
 
 
