@@ -41,7 +41,7 @@ $(MNIST): | $(STAMP)
 
 # In the order of the page of results; each takes under two minutes.
 GALLERY := weight_decay decay_budget distillation hyper_cleaning long_tail few_shot_sinusoid \
-  few_shot_images learned_schedule sklearn_penalties equilibrium influence bilevel_training constrained
+  few_shot_images learned_schedule tune_script sklearn_penalties equilibrium influence bilevel_training constrained
 
 examples: $(MNIST) $(STAMP) ## Run every example of the gallery: tables, pictures, and pages of them
 	for name in $(GALLERY); do echo "--- $$name"; $(BIN)/python examples/$$name.py || exit 1; done

@@ -68,6 +68,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "few_shot_sinusoid": (),
     "few_shot_images": FEW_SHOT,
     "learned_schedule": (),
+    "tune_script": (),
     "sklearn_penalties": (),
     "equilibrium": (),
     "influence": (),

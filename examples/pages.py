@@ -38,6 +38,7 @@ EXAMPLES = (
     "few_shot_sinusoid",
     "few_shot_images",
     "learned_schedule",
+    "tune_script",
     "sklearn_penalties",
     "equilibrium",
     "influence",
