@@ -35,7 +35,7 @@ class Versions:
 
 
 ENVIRONMENTS = {
-    "oldest": Versions("3.10", "2.6.0", "0.16.0"),
+    "oldest": Versions("3.10", "2.7.0", "0.16.0"),
     "newest": Versions("3.13", "2.13.0", "0.20.0"),
 }
 
