@@ -1,12 +1,13 @@
 # Nothing has to be installed first but Python >= 3.10 and make.
 PYTHON ?= python3
 VENV   ?= .venv
+REAL   := .venv-real
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 MNIST  := examples/data/mnist
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data examples pages docs test test-long test-versions attacks lint format types bench bench-peers clean
+.PHONY: help install demo data examples pages docs test test-long test-real test-versions attacks lint format types bench bench-peers clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -67,6 +68,17 @@ test-versions: ## Run the tests on the oldest and the newest Python and PyTorch
 attacks: $(STAMP) ## Count what damaged files, planted pickles and odd inputs achieve
 	$(BIN)/python tests/attacks.py
 
+# As for the other environment, PyTorch comes first; torchvision, which timm wants, goes with it.
+$(REAL)/.installed: pyproject.toml constraints.txt tests/real/requirements.txt
+	test -x $(REAL)/bin/python || $(PYTHON) -m venv $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -r tests/real/requirements.txt pytest pytest-xdist -e .
+	touch $@
+
+test-real: $(REAL)/.installed ## Run the tests against transformers, peft, timm, lightning and others
+	$(REAL)/bin/python -m pytest -n auto tests/real
+
 lint: $(STAMP) ## Check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -88,4 +100,4 @@ bench-peers: $(STAMP) ## Measure hypergrad beside each of its peers, and write d
 	$(BIN)/python -m benchmarks.peers
 
 clean: ## Remove the virtual environment and every cache
-	rm -rf $(VENV) .venv-peers .venv-versions .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf $(VENV) .venv-peers $(REAL) .venv-versions .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from problems import relative_error
-from test_docs import BLOCK
+from documents import BLOCK
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
