@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from problems import relative_error
 from documents import BLOCK
+from problems import relative_error
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F

@@ -223,6 +223,20 @@ def test_a_tensor_that_inner_closes_over_is_not_a_constant_in_silence(memory: An
     assert torch.autograd.grad(end.sum(), hidden)[0] != 0.0
 
 
+def test_a_leaf_that_inner_makes_for_itself_is_no_constant_of_the_callers() -> None:
+    """As embeddings that are marked as requiring gradients on their way into a checkpoint."""
+    start = torch.ones(2, dtype=torch.float64)
+    marked = lambda w, c: (w * start.clone().requires_grad_() * c).square().sum()  # noqa: E731
+    plain = lambda w, c: (w * c).square().sum()  # noqa: E731
+    grads = []
+    for inner in (marked, plain):
+        c = leaf(0.7)
+        grads.append(
+            torch.autograd.grad(hg.unroll(inner, opt.SGD(lr=0.1), start, c, 3).sum(), c)[0]
+        )
+    torch.testing.assert_close(*grads)
+
+
 def test_an_operation_without_second_derivative_is_named_or_replaced() -> None:
     def inner(w: Tensor, c: Tensor) -> Tensor:
         return (OnceDifferentiable.apply(w) * c).sum()

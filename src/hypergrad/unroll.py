@@ -22,6 +22,7 @@ from hypergrad.forward_unroll import run_forward
 from hypergrad.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.minibatch import Averaged, Sampled, bind, with_arguments
 from hypergrad.operators import Mode
+from hypergrad.operators.kept_graph import leaves_of
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.trajectory import Point, Steps, detached, naming_the_step
 from hypergrad.transforms import inside_a_transform
@@ -225,7 +226,12 @@ def _warn_of_constants(steps: Steps, point: Point, hparams: Tree, memory: Memory
     state = RandomState(params, hparams)
     with naming_the_step(point[1].step):
         value = evaluate(objective, params, tr.detach(hparams), state, "inner")
-    if value.requires_grad:
+    if not value.requires_grad:
+        return
+    # A leaf that each call makes for itself is no constant of the caller's, such as the embeddings
+    # that Hugging Face's gradient_checkpointing_enable() marks.
+    again = evaluate(objective, params, tr.detach(hparams), state, "inner")
+    if leaves_of(value) & leaves_of(again):
         warnings.warn(
             "inner uses tensors that require gradients and are neither in params nor in hparams: "
             f"with memory={memory!r} they count as constants; put them into hparams, or detach "

@@ -10,10 +10,7 @@ import torch
 import torchdiffeq
 from reference import Call, Problem, certify_densely
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
-
-import hypergrad as hg
 
 
 class Process(gpytorch.models.ExactGP):

@@ -6,13 +6,9 @@ from typing import Any
 
 import lightning
 import torch
-from language import gpt2
 from reference import Call, Problem, certify
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
-
-import hypergrad as hg
 
 
 class Classifier(lightning.LightningModule):

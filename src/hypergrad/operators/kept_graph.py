@@ -140,6 +140,12 @@ def custom_functions(value: Tensor) -> tuple[str, ...]:
     return tuple(sorted({n.name() for n in nodes if isinstance(n, BackwardCFunction)}))
 
 
+def leaves_of(value: Tensor) -> set[int]:
+    """The identities of the leaves that the graph of ``value`` ends at, which it keeps alive."""
+    found = (getattr(node, "variable", None) for node in _nodes([value], set()))
+    return {id(leaf) for leaf in found if leaf is not None}
+
+
 def has_kinks(value: Tensor) -> bool:
     """Whether a function of PyTorch's in the graph of ``value`` has a gradient that jumps."""
     return any(_KINKS.match(node.name()) for node in _nodes([value], set()))
