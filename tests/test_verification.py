@@ -222,6 +222,32 @@ def test_half_precision_inside_is_no_failure() -> None:
     assert verified(problem).status is not Verdict.FAILED
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_single_precision_inside_of_double_is_no_failure_and_hides_none(seed: int) -> None:
+    """As a norm that is computed in float32 whatever the dtype of the model."""
+    torch.manual_seed(seed)
+    X, y = torch.randn(40, 6).double(), torch.randn(40).double()
+
+    def inner(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def f(w: Tensor, c: Tensor) -> Tensor:
+            normed = F.normalize((X * w).float(), dim=1).double()
+            return (act(normed @ w) - y).square().mean() + c.exp() * w.square().sum()
+
+        return f
+
+    def g(w: Tensor, c: Tensor) -> Tensor:
+        return ((X @ w).tanh() - y).square().mean().float()
+
+    w, c = torch.randn(6).double(), torch.tensor(0.0).double()
+    options: Any = {"damping": 5.0, "verify": "always", "mode": "reverse"}
+    found = hg.hypergradient(inner(F.silu), g, w, c, **options).verification
+    assert found is not None
+    assert found.status is not Verdict.FAILED, found
+    wrong = inner(lambda x: WrongSecond.apply(x, F.silu, 0.5))
+    with pytest.warns(hg.VerificationWarning, match="second derivative.*WrongSecond"):
+        hg.hypergradient(wrong, g, w, c, **options)
+
+
 def test_what_cannot_be_evaluated_next_to_theta_is_inconclusive() -> None:
     theta = torch.tensor([1.0, 2.0])
 

@@ -103,17 +103,18 @@ class Displaced:
         )
         return found
 
-    def is_coarse(self) -> bool:
-        """Whether a part is computed in half precision, which has no value next to another."""
-        coarse = []
+    def coarsest(self) -> float:
+        """The coarsest machine epsilon among what is computed, such as of a norm in float32."""
+        found = [self.rounding]
 
         def note(tensor: Tensor) -> Tensor:
-            coarse.append(tensor.is_floating_point() and tensor.element_size() < 4)
+            if tensor.is_floating_point():
+                found.append(torch.finfo(tensor.dtype).eps)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.graph()
-        return any(coarse)
+            note(self.graph())
+        return max(found)
 
 
 class _OutsideDomainError(Exception):

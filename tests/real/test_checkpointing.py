@@ -32,8 +32,14 @@ def moved(problem: Problem) -> dict[str, torch.Tensor]:
     return {k: p.detach() + 0.02 for k, p in problem.params.items()}
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("mode", ["auto", "forward", "finite-difference"])
+# Differences of float64 are too short for Llama's norms, which are computed in float32.
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (gpt2, "auto"), (gpt2, "forward"), (gpt2, "finite-difference"), (llama, "auto"),
+        (llama, "forward"),
+    ],
+)  # fmt: skip
 def test_recomputed_activations_are_those_of_the_given_parameters(make: Any, mode: Any) -> None:
     plain, recomputed = (
         hg.hypergradient(

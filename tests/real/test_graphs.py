@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric import nn as gnn
 
+import hypergrad as hg
+
 NODES, EDGES = 12, 40
 
 
@@ -31,9 +33,12 @@ def distinct_edges() -> Tensor:
     return pairs[torch.randperm(len(pairs))[:EDGES]].T
 
 
-def nodes(model: nn.Module, *, learned_edges: bool, **options: Any) -> Problem:
+def nodes(
+    model: nn.Module, *, learned_edges: bool, edges: Tensor | None = None, **options: Any
+) -> Problem:
     """Classes of nodes: φ are the weights of the edges, or of the training nodes."""
-    x, y, edges = torch.randn(NODES, 4), torch.randint(0, 3, (NODES,)), distinct_edges()
+    x, y = torch.randn(NODES, 4), torch.randint(0, 3, (NODES,))
+    edges = distinct_edges() if edges is None else edges
 
     def losses(call: Call, hparams: Tensor) -> Tensor:
         logits = call(x, edges, hparams.sigmoid()) if learned_edges else call(x, edges)
@@ -59,6 +64,15 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
 def test_the_weights_of_edges_agree_with_a_dense_hessian() -> None:
     model = Graph(gnn.GCNConv(4, 5), gnn.GCNConv(5, 3))
     certify_densely(nodes(model, learned_edges=True).trained())
+
+
+def test_a_self_loop_that_is_listed_twice_is_told() -> None:
+    """The later one overwrites the first, whose weight has a gradient all the same."""
+    edges = torch.cat([distinct_edges()[:, :-2], torch.full((2, 2), 3)], dim=1)
+    model = Graph(gnn.GCNConv(4, 5), gnn.GCNConv(5, 3))
+    problem = nodes(model, learned_edges=True, edges=edges).trained()
+    with pytest.raises(hg.VerificationError, match="first derivative of inner"):
+        problem.hypergradient()
 
 
 @pytest.mark.parametrize("name", ATTENTION)

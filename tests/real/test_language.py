@@ -22,6 +22,8 @@ from language import (
 )
 from reference import Problem, certify
 
+import hypergrad as hg
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "GPT-2": lambda: causal(gpt2(), step=1e-4),
     "GPT-2, eager attention": lambda: causal(gpt2(attn_implementation="eager"), step=1e-4),
@@ -50,3 +52,10 @@ def test_tied_embeddings_are_one_parameter() -> None:
 def test_a_weight_norm_goes_on_with_finite_differences() -> None:
     problem = classification(wav2vec2(), torch.randn(4, 200), torch.randn(4, 200))
     certify(problem.trained())
+
+
+def test_an_adapter_that_detaches_a_norm_is_told() -> None:
+    """What PyTorch computes of DoRA is not the gradient of the loss."""
+    problem = classification(bert(use_dora=True), tokens(), tokens()).trained()
+    with pytest.raises(hg.VerificationError, match="first derivative of inner"):
+        problem.hypergradient()
