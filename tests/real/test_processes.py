@@ -161,7 +161,7 @@ def test_an_adjoint_goes_on_with_differences() -> None:
             answers.append(
                 hg.hypergradient(
                     lambda p, h: loss(p, h, adjoint),  # noqa: B023
-                    outer, params, hparams, solver=hg.CG(rtol=1e-6), damping=20.0,
+                    outer, params, hparams, solver=hg.CG(rtol=1e-6), damping=20.0, verify="always",
                 ).grads
             )  # fmt: skip
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-7)
