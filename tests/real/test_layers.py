@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from reference import Call, Problem, certify
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import hypergrad as hg
 
 
 class Packed(nn.Module):
@@ -42,3 +45,21 @@ def test_packed_sequences_agree_with_first_derivatives() -> None:
     lengths = torch.tensor([7, 2, 5, 7, 3, 4])
     data = [(torch.randn(6, 7, 3), lengths), (torch.randn(6, 7, 3), lengths.flip(0))]
     certify(weighted_rows(Packed(), data).trained())
+
+
+class Bag(nn.Module):
+    """Embeddings whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, sparse=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.embedding(rows).mean(1).tanh())
+
+
+def test_sparse_gradients_agree_with_first_derivatives() -> None:
+    data = [(torch.randint(0, 9, (6, 3)),), (torch.randint(0, 9, (6, 3)),)]
+    with pytest.warns(hg.DoubleBackwardWarning, match="sparse"):
+        certify(weighted_rows(Bag(), data))
