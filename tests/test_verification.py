@@ -381,7 +381,7 @@ def test_the_loop_verifies_at_its_first_step_and_every_hundredth() -> None:
             w.zero_(), c.zero_()
         return hg.BilevelSolver(
             lambda w, c, _: (w - 1.0).square().sum() + c.exp() @ w.square(),
-            lambda w, c, _: ((w - 0.3).square().sum(), {"metric": 1.0}),
+            lambda w, c, _: ((w - 2.0).square().sum(), {"metric": 1.0}),
             w, c, hypergradient=method, inner_steps=1, outer_steps=102,
             inner_optimizer=torch.optim.SGD([w], 0.1), outer_optimizer=torch.optim.SGD([c], 0.01),
             **options,
