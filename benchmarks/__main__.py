@@ -30,6 +30,7 @@ from benchmarks.workloads import cnn, logistic, mlp
 
 MATVEC_GOAL = 1.6
 HYPERGRADIENT_GOAL = 1.15
+VERIFIED_GOAL = 1.10
 IMPORT_GOAL = 1.10
 WORK_GOAL = 0.5
 TIME_GOAL = 1.2
@@ -108,13 +109,17 @@ def print_costs(costs: list[Cost]) -> None:
 
     print(f"\n## A hypergradient with {CG_ITERATIONS} iterations of CG\n")
     budget = f"{1 + CG_ITERATIONS} products + 3 gradients"
-    print(f"| workload | damping | ms | by {budget} | goal ≤ {HYPERGRADIENT_GOAL} |")
-    print("| --- | ---: | ---: | ---: | --- |")
+    print(
+        f"| workload | damping | ms | by {budget} | goal ≤ {HYPERGRADIENT_GOAL} "
+        f"| with verification | goal ≤ {VERIFIED_GOAL} |"
+    )
+    print("| --- | ---: | ---: | ---: | --- | ---: | --- |")
     for cost in costs:
         met = verdict(cost.hypergradient_ratio, HYPERGRADIENT_GOAL)
         print(
             f"| {cost.name} | {cost.damping} | {cost.hypergradient_ms:.0f} "
-            f"| {cost.hypergradient_ratio:.3f} | {met} |"
+            f"| {cost.hypergradient_ratio:.3f} | {met} "
+            f"| × {cost.verified_ratio:.3f} | {verdict(cost.verified_ratio, VERIFIED_GOAL)} |"
         )
 
 

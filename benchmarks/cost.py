@@ -12,6 +12,7 @@ from torch.func import grad, jvp
 import hypergrad as hg
 from benchmarks.timing import median_seconds
 from benchmarks.workloads import Params, Workload
+from hypergrad.verification import Verify
 
 MODES: tuple[hg.operators.Mode, ...] = ("reverse", "forward", "finite-difference")
 CG_ITERATIONS = 20
@@ -29,6 +30,7 @@ class Cost:
         block: gradients a vector of a block of 10, by chunk size.
         hypergradient_ms: one with 20 iterations of CG.
         hypergradient_ratio: its time by that of 21 products and 3 gradients.
+        verified_ratio: the time of one that verifies its derivatives by that of one that does not.
         damping: used for it.
     """
 
@@ -38,6 +40,7 @@ class Cost:
     block: dict[str, float]
     hypergradient_ms: float
     hypergradient_ratio: float
+    verified_ratio: float
     damping: float
 
 
@@ -62,13 +65,13 @@ def measure(workload: Workload, repeats: int) -> Cost:
         inner_gradient = grad(lambda w: workload.inner(w, phi))
         return jvp(inner_gradient, (workload.params,), (v,))[1]
 
-    def hypergradient() -> hg.Hypergradient:
+    def hypergradient(verify: Verify) -> hg.Hypergradient:
         return hg.hypergradient(
             workload.inner, workload.outer, workload.params, phi,
-            solver=solver, damping=workload.damping, on_failure="ignore",
+            solver=solver, damping=workload.damping, on_failure="ignore", verify=verify,
         )  # fmt: skip
 
-    solve = hypergradient().solve
+    solve = hypergradient("always").solve
     if solve.iterations != CG_ITERATIONS:
         raise RuntimeError(f"{workload.name}: CG stopped before its budget: {solve}")
     seconds = median_seconds(
@@ -79,7 +82,8 @@ def measure(workload: Workload, repeats: int) -> Cost:
             "default": lambda: reverse.matmat(block),
             "1": lambda: reverse.matmat(block, chunk_size=1),
             "10": lambda: reverse.matmat(block, chunk_size=10),
-            "hypergradient": hypergradient,
+            "hypergradient": partial(hypergradient, "never"),
+            "verified": partial(hypergradient, "always"),
         },
         repeats,
     )
@@ -92,5 +96,6 @@ def measure(workload: Workload, repeats: int) -> Cost:
         block={size: seconds[size] / BLOCK / unit for size in ("default", "1", "10")},
         hypergradient_ms=1e3 * seconds["hypergradient"],
         hypergradient_ratio=seconds["hypergradient"] / budget,
+        verified_ratio=seconds["verified"] / seconds["hypergradient"],
         damping=workload.damping,
     )

@@ -6,6 +6,7 @@ the trapezoidal rule; see :mod:`hypergrad.verification`.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import sys
@@ -30,6 +31,7 @@ from hypergrad.tree import Tree
 _ROUNDINGS = 8.0
 # A difference whose rounding is a larger part than this of what it measures settles nothing.
 _RESOLVED = 0.05
+_CLEAR = 2e-4
 # float64, whose steps cross next to no kink.
 FINE = 1e-10
 # The second and third step, as parts of the first; and longer ones, which values need.
@@ -191,7 +193,8 @@ class Line:
         f, along = self._f, tr.cast_like(tr.divide(mixed, length), self._f.phi)
         # Their mean is the gradient at θ but for the square of the step: good enough at first.
         grads = tr.scale(tr.add(*(tr.at_least_float32(end[2]) for end in self._at(self.step))), 0.5)
-        for turn, (step, central) in enumerate(_value_steps(f)):
+        noise = self._value_rounding(self._value)
+        for turn, (step, central) in enumerate(_value_steps(f, noise, tr.norm(grads))):
             if turn == 1:
                 grads = tr.at_least_float32(f.gradients(f.theta)[2])
             high = f.value(f.theta, tr.add(f.phi, along, step))
@@ -232,7 +235,8 @@ def gradient_errors(g: Displaced, start: float, grads: tuple[Tree, Tree]) -> Ite
     if length == 0.0:
         return
     theta, phi = tr.cast_like(tr.divide(grads, length), (g.theta, g.phi))
-    for step, central in _value_steps(g):
+    noise = _ROUNDINGS * g.rounding * abs(start)
+    for step, central in _value_steps(g, noise, length):
         high = g.value(tr.add(g.theta, theta, step), tr.add(g.phi, phi, step))
         low = start
         if central:
@@ -242,20 +246,27 @@ def gradient_errors(g: Displaced, start: float, grads: tuple[Tree, Tree]) -> Ite
         yield _Error(_scalar((high - low) / width - length), length, noise / width)
 
 
-def _value_steps(f: Displaced) -> Iterator[tuple[float, bool]]:
+def _value_steps(f: Displaced, noise: float, slope: float) -> Iterator[tuple[float, bool]]:
     """Steps for differences of values, and whether they are central.
 
-    Longer and longer, since values lose more to rounding than gradients do.
+    They begin where the rounding of the values is about a tolerance of what they measure.
     """
     size = 1.0 + tr.largest((f.theta, f.phi))
     if f.rounding < FINE:
         yield math.sqrt(f.rounding) * size, False
-    for part in (1.0, *LONGER, *_SHORTER):
-        yield part * f.rounding ** (1 / 3) * size, True
+    usual = f.rounding ** (1 / 3) * size
+    clear = noise / (2.0 * _CLEAR * slope) if slope else usual
+    first = min(max(min(_SHORTER) * usual, clear), max(LONGER) * usual)
+    for part in (1.0, 4.0, *_SHORTER):
+        yield part * first, True
 
 
 def judged(
-    errors: Iterator[_Error], tolerance: float, *, resolve: bool = True
+    errors: Iterator[_Error],
+    tolerance: float,
+    *,
+    resolve: bool = True,
+    hopeless: Callable[[], bool] = lambda: False,
 ) -> tuple[Verdict, float | None]:
     """The verdict on one derivative, and its relative error.
 
@@ -265,9 +276,11 @@ def judged(
         errors: at several steps; no more of them are computed than the verdict takes.
         tolerance: of the relative error.
         resolve: whether to go on where rounding hides the derivative; else it passes unmeasured.
+        hopeless: whether other steps would settle nothing; asked once the first has not.
     """
     last: Tree = None
     smallest: float | None = None
+    first = True
     try:
         for error in errors:
             gap = tr.norm(error.gap)
@@ -285,6 +298,9 @@ def judged(
             last = error.gap
             if resolved:
                 smallest = relative if smallest is None else min(smallest, relative)
+            if first and hopeless():
+                break
+            first = False
     except _OutsideDomainError:
         return Verdict.INCONCLUSIVE, None
     if last is None:
@@ -293,16 +309,26 @@ def judged(
     return (Verdict.PASSED if close else Verdict.INCONCLUSIVE), smallest
 
 
-def only_kinks(failed: list[str], f: Displaced) -> bool:
-    """Whether kinks explain wrong second derivatives.
+class Kinks:
+    """Whether kinks explain what differences of float32 gradients see.
 
-    The steps of float32 cross so many kinks that the differences may agree with each other: they
-    are then the curvature of the mean over the data, which second derivatives leave out.
+    Their steps cross many kinks, so that they see the curvature of the mean over the data, which
+    second derivatives leave out; with enough data they even agree with each other.
     """
-    if not {"second", "mixed"}.issuperset(failed) or f.rounding < FINE:
-        return False
-    value = f.graph()
-    return has_kinks(value) and not custom_functions(value)
+
+    def __init__(self, f: Displaced) -> None:
+        self._f = f
+
+    def __call__(self) -> bool:
+        """Whether the only functions that could be wrong have kinks."""
+        if self._f.rounding < FINE:
+            return False
+        return self._found
+
+    @functools.cached_property
+    def _found(self) -> bool:
+        value = self._f.graph()
+        return has_kinks(value) and not custom_functions(value)
 
 
 def not_failed(verdict: Verdict) -> Verdict:
