@@ -24,6 +24,7 @@ from hypergrad.checks import (
     check_tree,
     given,
 )
+from hypergrad.comparison import verifying
 from hypergrad.dependence import warn_of_unused
 from hypergrad.errors import LinearSolveWarning
 from hypergrad.evaluation import Objective, fresh_leaves
@@ -238,7 +239,8 @@ def hypergradient(
         again = found is not None and course.heard(found)
     result = answer.result
     if result.verification is not None:
-        warn_of_statistics(inner, outer, params, hparams)
+        with verifying():
+            warn_of_statistics(inner, outer, params, hparams)
     report_verification(result.verification, on_failure=on_failure)
     report_failure(solver, result.solve, on_failure)
     if on_failure != "ignore":

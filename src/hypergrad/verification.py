@@ -234,8 +234,10 @@ def verify_derivatives(
             found["second"] = judged(
                 line.product_errors(product, "second"), tolerance, hopeless=kinks
             )
-        failed = [name for name, (verdict, _) in found.items() if verdict is Verdict.FAILED]
-        coarsest = max(f.coarsest(), g.coarsest()) if failed else rounding
+        verdicts = [verdict for verdict, _ in found.values()]
+        open_in_double = rounding < FINE and Verdict.INCONCLUSIVE in verdicts
+        looks_coarse = Verdict.FAILED in verdicts or open_in_double
+        coarsest = max(f.coarsest(), g.coarsest()) if looks_coarse else rounding
         if rounding < coarsest <= _COARSEST:
             # A model in float64 may compute its norms in float32, whose steps are longer.
             return verify_derivatives(
