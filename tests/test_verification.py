@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import hypergrad as hg
 from hypergrad import Verdict
 from hypergrad.fingerprint import Memory, fingerprint
+from hypergrad.verification import report_verification
 
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -160,6 +161,15 @@ def test_a_wrong_gradient_of_the_outer_objective_is_found() -> None:
     found = verified((f, g, w, c))
     assert found.wrong == ("outer",)
     assert found.suspects == ("WrongFirstBackward",)
+
+
+def test_an_outer_gradient_that_is_zero_by_a_fault_is_found() -> None:
+    f, _, w, c = regression(torch.tanh, torch.float64)
+    _, g, *_ = regression(lambda z: WrongFirst.apply(z, torch.tanh, -1.0), torch.float64)
+    found = verified((f, g, w, c))
+    assert found.wrong == ("outer",)
+    # At a minimum of g it is zero by right.
+    assert verified((f, lambda v, c: (v - w).square().sum(), w, c)).status is Verdict.PASSED
 
 
 def relu(width: int) -> nn.Module:
@@ -305,6 +315,12 @@ def test_a_mode_that_was_asked_for_stays_and_is_told() -> None:
         hg.hypergradient(*wrong, damping=0.5, mode="reverse", verify="never")
 
 
+def test_differences_that_are_wrong_do_not_recommend_themselves() -> None:
+    found = hg.Verification(Verdict.FAILED, second=0.1, wrong=("second",))
+    with pytest.warns(hg.VerificationWarning, match="compute in float64"):
+        report_verification(found, mode="finite-difference", on_failure="warn")
+
+
 def test_a_wrong_gradient_is_told_with_what_to_do() -> None:
     wrong = regression(lambda z: WrongFirst.apply(z, F.silu, 0.5), torch.float64)
     with pytest.warns(hg.VerificationWarning, match=r"first derivative .*gradcheck"):
@@ -332,6 +348,9 @@ def test_fingerprints_tell_functions_apart_and_batches_not() -> None:
     assert fingerprint(make(torch.tanh, torch.zeros(5))) == same
     assert fingerprint(make(F.silu, torch.ones(3))) != same
     assert fingerprint(make(torch.tanh, torch.ones(3, dtype=torch.float64))) != same
+    closed = [fingerprint(lambda w, on=on: w * on) for on in (True, False, True)]
+    assert closed[0] != closed[1]
+    assert closed[0] == closed[2]
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     assert fingerprint(functools.partial(make, one)) == fingerprint(functools.partial(make, one))
     assert fingerprint(functools.partial(make, one)) != fingerprint(functools.partial(make, other))

@@ -229,12 +229,13 @@ class Line:
         return _ROUNDINGS * self._f.rounding * largest
 
 
-def gradient_errors(g: Displaced, start: float, grads: tuple[Tree, Tree]) -> Iterator[_Error]:
-    """Of the gradient of g along itself."""
+def gradient_errors(
+    g: Displaced, start: float, grads: tuple[Tree, Tree], unit: Tree
+) -> Iterator[_Error]:
+    """Of the gradient of g along itself, or along ``unit`` in θ where it is zero."""
     length = tr.norm(grads)
-    if length == 0.0:
-        return
-    theta, phi = tr.cast_like(tr.divide(grads, length), (g.theta, g.phi))
+    along = (unit, tr.zeros_like(g.phi)) if length == 0.0 else tr.divide(grads, length)
+    theta, phi = tr.cast_like(along, (g.theta, g.phi))
     noise = _ROUNDINGS * g.rounding * abs(start)
     for step, central in _value_steps(g, noise, length):
         high = g.value(tr.add(g.theta, theta, step), tr.add(g.phi, phi, step))
@@ -243,7 +244,8 @@ def gradient_errors(g: Displaced, start: float, grads: tuple[Tree, Tree]) -> Ite
             low = g.value(tr.add(g.theta, theta, -step), tr.add(g.phi, phi, -step))
         width = 2.0 * step if central else step
         noise = _ROUNDINGS * g.rounding * max(abs(high), abs(low))
-        yield _Error(_scalar((high - low) / width - length), length, noise / width)
+        gap = (high - low) / width - length
+        yield _Error(_scalar(gap), length or abs(gap), noise / width)
 
 
 def _value_steps(f: Displaced, noise: float, slope: float) -> Iterator[tuple[float, bool]]:

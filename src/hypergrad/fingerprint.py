@@ -27,8 +27,9 @@ _known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 def fingerprint(anything: Any, depth: int = 0) -> Hashable:
     """Equal for two values that make the same computation, as far as can be seen.
 
-    Arrays count by dtype and number of dimensions, numbers by type, functions by their code and
-    what they close over, containers and dataclasses by their entries, all else by identity.
+    Arrays count by dtype and number of dimensions, numbers by type, switches and names by value,
+    functions by their code and what they close over, containers and dataclasses by their entries,
+    all else by identity.
     """
     deeper = functools.partial(fingerprint, depth=depth + 1)
     kind: Any = type(anything)
@@ -38,6 +39,8 @@ def fingerprint(anything: Any, depth: int = 0) -> Hashable:
         return kind, anything.ndim, anything.dtype, anything.device
     if hasattr(anything, "ndim") and hasattr(anything, "dtype"):
         return kind, anything.ndim, str(anything.dtype)
+    if isinstance(anything, bool):
+        return kind, anything
     if anything is None or isinstance(anything, (int, float, complex)):
         return kind
     if isinstance(anything, (str, bytes)):

@@ -241,7 +241,7 @@ def hypergradient(
     if result.verification is not None:
         with verifying():
             warn_of_statistics(inner, outer, params, hparams)
-    report_verification(result.verification, on_failure=on_failure)
+    report_verification(result.verification, mode=course.mode, on_failure=on_failure)
     report_failure(solver, result.solve, on_failure)
     if on_failure != "ignore":
         warn_of_unused(inner, outer, params, hparams, result.grads)
@@ -291,9 +291,11 @@ def _answer(
                 operator = damped(operator, damping)
                 solution = solver.solve(operator, rhs, x0=x0)
             if verifies:
-                # A solve that failed at once says nothing, but its right-hand side does.
+                # A solve that failed at once says nothing, but its right-hand side does; and
+                # where that is zero, perhaps because g detaches, the inner gradient.
                 moved = tr.norm(solution.x) > 0.0
-                direction = solution.x if moved else tr.at_least_float32(rhs)
+                instead = rhs if tr.norm(rhs) > 0.0 else exact.gradient
+                direction = solution.x if moved else tr.at_least_float32(instead)
                 if last:
                     second, along = exact.vjp(direction)
                 else:

@@ -151,17 +151,22 @@ class Course:
 _right_modes = Memory()
 
 
-def report_verification(found: Verification | None, *, on_failure: str) -> None:
-    """Warn or raise, as asked, if a derivative is wrong."""
+def report_verification(found: Verification | None, *, mode: Mode, on_failure: str) -> None:
+    """Warn or raise, as asked, if a derivative is wrong in ``mode``."""
     if found is None or found.status is not Verdict.FAILED or on_failure == "ignore":
         return
-    message = f"the hypergradient is wrong: {found}; {_remedy(found)}"
+    message = f"the hypergradient is wrong: {found}; {_remedy(found, mode)}"
     if on_failure == "raise":
         raise VerificationError(message)
     warnings.warn(message, VerificationWarning, stacklevel=3)
 
 
-def _remedy(found: Verification) -> str:
+def _remedy(found: Verification, mode: Mode) -> str:
+    if found.second_only and mode == "finite-difference":
+        return (
+            "other steps give other differences: compute in float64 throughout, or use "
+            "mode='reverse' if second derivatives are right"
+        )
     if found.second_only:
         return (
             "use mode='finite-difference', which needs first derivatives only, or mode='auto', "
@@ -216,7 +221,8 @@ def verify_derivatives(
         f = Displaced(inner, "inner", theta, phi, random_state, rounding)
         g = Displaced(outer, "outer", theta, phi, random_state, rounding)
         kinks = Kinks(f)
-        line = Line(f, tr.divide(direction, length), inner_value)
+        unit = tr.divide(direction, length)
+        line = Line(f, unit, inner_value)
         tolerance = 1e-5 if rounding < FINE else 3e-4
         found = {
             "first": worst(
@@ -227,7 +233,7 @@ def verify_derivatives(
             "mixed": judged(
                 line.product_errors(tr.divide(mixed, length), "mixed"), tolerance, hopeless=kinks
             ),
-            "outer": judged(gradient_errors(g, outer_value, outer_grads), 3.0 * tolerance),
+            "outer": judged(gradient_errors(g, outer_value, outer_grads, unit), 3.0 * tolerance),
         }
         if second is not None:
             product = tr.divide(second, length)
@@ -304,7 +310,7 @@ def verify_on_course(
     while again:
         found = verify_problem(inner, outer, params, hparams, mode=course.mode)
         again = course.heard(found)
-    report_verification(found, on_failure="warn")
+    report_verification(found, mode=course.mode, on_failure="warn")
     return found
 
 
