@@ -298,7 +298,7 @@ def _curvature_findings(ends: Extremes) -> list[Finding]:
 def _needed_damping(ends: Extremes) -> float:
     trouble = _curvature_findings(ends)
     if Finding.NEGATIVE_CURVATURE in trouble or Finding.SINGULAR in trouble:
-        return sufficient_damping(ends)
+        return sufficient_damping(ends.smallest - ends.smallest_error, ends.largest)
     return 0.0
 
 

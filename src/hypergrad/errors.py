@@ -15,6 +15,10 @@ class LinearSolveWarning(HypergradWarning):
     """A linear solve failed, and its best iterate was used all the same."""
 
 
+class DampingWarning(LinearSolveWarning):
+    """``damping="auto"`` took more than the largest curvature: the answer is a rough one."""
+
+
 class NonFiniteError(ValueError):
     """A value, a gradient or a parameter is infinite or NaN; the message says which, and when."""
 

@@ -26,16 +26,16 @@ from hypergrad.checks import (
 )
 from hypergrad.comparison import verifying
 from hypergrad.dependence import warn_of_unused
-from hypergrad.errors import LinearSolveWarning
+from hypergrad.errors import DampingWarning, LinearSolveWarning
 from hypergrad.evaluation import Objective, fresh_leaves
 from hypergrad.isolation import isolated_buffers
 from hypergrad.linsolve import (
     CG,
+    AutoDamping,
     LinearSolveError,
     LinearSolver,
     Solution,
     extreme_eigenvalues,
-    solve_raising_damping,
 )
 from hypergrad.linsolve.base import residual_norm
 from hypergrad.minibatch import value_and_gradients
@@ -94,7 +94,7 @@ def hypergradient(
     hparams: Tree,
     *,
     solver: LinearSolver = CG(),
-    damping: float | Literal["auto"] = 0.0,
+    damping: float | Literal["auto"] | AutoDamping = "auto",
     curvature: Callable[[Tree, Tree], LinearOperator] | None = None,
     mu: float | Literal["auto"] | None = None,
     x0: Tree | None = None,
@@ -124,7 +124,7 @@ def hypergradient(
     hparams: Tree,
     *,
     solver: LinearSolver = CG(),
-    damping: float | Literal["auto"] = 0.0,
+    damping: float | Literal["auto"] | AutoDamping = "auto",
     curvature: Callable[[Tree, Tree], LinearOperator] | None = None,
     mu: float | Literal["auto"] | None = None,
     x0: Tree | None = None,
@@ -153,7 +153,9 @@ def hypergradient(
         hparams: φ, likewise.
         solver: how to solve for v.
         damping: λ ≥ 0, added to the diagonal of H. ``"auto"``: 0, or where the solver meets
-            negative or no curvature, as much as it takes; the receipt says how much.
+            negative or no curvature, as much as it takes; the receipt says how much. An
+            :class:`hypergrad.linsolve.AutoDamping` that is given again to the next call goes on
+            from there.
         curvature: ``curvature(params, hparams)`` returns the symmetric operator to solve with in
             place of H, such as :class:`hypergrad.operators.GaussNewton`. The mixed product stays
             exact.
@@ -212,14 +214,15 @@ def hypergradient(
     if method is not None:
         check_unrolled(method)
         implicit_only = (solver, damping, curvature, mu, x0, on_failure, mode)
-        if implicit_only != (CG(), 0.0, None, None, None, "warn", "auto"):
+        if implicit_only != (CG(), "auto", None, None, None, "warn", "auto"):
             raise ValueError(
                 "method must come without the options of implicit differentiation (solver, "
                 "damping, curvature, mu, x0, on_failure, mode); give it its own"
             )
         return unrolled_hypergradient(method, inner, outer, params, hparams, verify)
-    if damping != "auto":
-        check_number(damping, "damping", at_least=0.0)
+    shift = AutoDamping() if damping == "auto" else damping
+    if not isinstance(shift, AutoDamping):
+        check_number(shift, "damping", at_least=0.0)
     if curvature is not None:
         check_objective(curvature, "curvature")
     if mu is not None and mu != "auto":
@@ -230,9 +233,13 @@ def hypergradient(
 
     course = Course(verify, mode, inner, outer, params, hparams)
     again = True
+    start = shift.start if isinstance(shift, AutoDamping) else 0.0
     while again:
+        if isinstance(shift, AutoDamping):
+            # What products that turned out to be wrong asked for is forgotten.
+            shift.start = start
         answer = _answer(
-            inner, outer, params, hparams, solver, damping, curvature, x0, course.mode,
+            inner, outer, params, hparams, solver, shift, curvature, x0, course.mode,
             verifies=course.verifies, last=mu is None,
         )  # fmt: skip
         found = answer.result.verification
@@ -243,6 +250,8 @@ def hypergradient(
             warn_of_statistics(inner, outer, params, hparams)
     report_verification(result.verification, mode=course.mode, on_failure=on_failure)
     report_failure(solver, result.solve, on_failure)
+    if isinstance(shift, AutoDamping) and on_failure != "ignore":
+        _warn_of_excess(shift, result.damping)
     if on_failure != "ignore":
         warn_of_unused(inner, outer, params, hparams, result.grads)
     if mu is not None:
@@ -267,7 +276,7 @@ def _answer(
     params: Tree,
     hparams: Tree,
     solver: LinearSolver,
-    damping: float | Literal["auto"],
+    shift: float | AutoDamping,
     curvature: Callable[[Tree, Tree], LinearOperator] | None,
     x0: Tree | None,
     mode: Mode,
@@ -284,11 +293,11 @@ def _answer(
         operator = exact if curvature is None else _operator(curvature, params, hparams)
         verification = None
         with exact.repeated():
-            if damping == "auto":
-                solution, damping = solve_raising_damping(solver, operator, rhs, x0=x0)
+            if isinstance(shift, AutoDamping):
+                solution, damping = shift.solve(solver, operator, rhs, x0=x0)
                 operator = damped(operator, damping)
             else:
-                operator = damped(operator, damping)
+                damping, operator = shift, damped(operator, shift)
                 solution = solver.solve(operator, rhs, x0=x0)
             if verifies:
                 # A solve that failed at once says nothing, but its right-hand side does; and
@@ -366,6 +375,18 @@ def _certify(
     )
 
 
+def _warn_of_excess(auto: AutoDamping, damping: float) -> None:
+    if not auto.exceeds(damping):
+        return
+    warnings.warn(
+        f"damping='auto' took {damping:.3g}, more than the largest curvature that was met, "
+        f"{auto.largest_curvature:.3g}: params are far from a minimum of inner, and the answer is "
+        "a rough one; train longer, or pass damping= a number",
+        DampingWarning,
+        stacklevel=3,
+    )
+
+
 def check_solver(solver: object) -> None:
     """Raise ``TypeError`` unless ``solver`` is a :class:`LinearSolver`."""
     if not isinstance(solver, LinearSolver):
@@ -377,6 +398,14 @@ def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailu
     if on_failure == "ignore" or not solution.status.failed:
         return
     message = f"the linear solve of {type(solver).__name__} failed: {solution}"
+    message += of_nothing(solution)
     if on_failure == "raise":
         raise LinearSolveError(message, solution)
     warnings.warn(message, LinearSolveWarning, stacklevel=3)
+
+
+def of_nothing(solution: Solution) -> str:
+    """What to add to the words of a failed solve whose answer is zero."""
+    if tr.norm(solution.x) > 0.0:
+        return ""
+    return "; nothing was solved, so the hypergradient is ∂g/∂φ alone (v = 0)"

@@ -14,9 +14,15 @@ import torch
 from hypergrad import tree as tr
 from hypergrad.bilevel.levels import Levels
 from hypergrad.checks import check_choice, check_number, check_objective
-from hypergrad.errors import HypergradWarning, LinearSolveWarning
+from hypergrad.errors import DampingWarning, HypergradWarning, LinearSolveWarning
 from hypergrad.evaluation import filled, fresh_leaves, gradient
-from hypergrad.implicit import Hypergradient, OnFailure, check_solver, hypergradient
+from hypergrad.implicit import (
+    Hypergradient,
+    OnFailure,
+    check_solver,
+    hypergradient,
+    of_nothing,
+)
 from hypergrad.linsolve import (
     CG,
     Identity,
@@ -45,6 +51,7 @@ class Estimate:
         matvecs: products with second derivatives.
         multiplier: of a penalty method.
         verification: of the derivatives, if this step verified them.
+        damping: λ of the linear solve.
     """
 
     grads: Tree
@@ -55,6 +62,7 @@ class Estimate:
     matvecs: int = 0
     multiplier: float | None = None
     verification: Verification | None = None
+    damping: float | None = None
 
 
 class Estimator(ABC):
@@ -80,7 +88,8 @@ class Implicit(Estimator):
     Args:
         solver: any of ``hg`` that takes its operator for one fixed matrix, see
             :func:`hypergrad.hypergradient` for it and the rest.
-        damping: added to the diagonal of the Hessian.
+        damping: added to the diagonal of the Hessian. ``"auto"``: 0, or where that is too little,
+            as much as it takes; an outer step starts from what the last one took.
         curvature: ``curvature(params, hparams, batch)`` returns what to solve with in place of the
             Hessian, on the one batch that f is evaluated on.
         mode: how products are computed.
@@ -94,7 +103,7 @@ class Implicit(Estimator):
     """
 
     solver: LinearSolver = CG()
-    damping: float | Literal["auto"] = 0.0
+    damping: float | Literal["auto"] = "auto"
     curvature: Callable[[Tree, Tree, Any], LinearOperator] | None = None
     mode: Mode = "auto"
     on_failure: OnFailure = "warn"
@@ -126,7 +135,7 @@ class Implicit(Estimator):
             levels.params.tree,
             levels.hparams.tree,
             solver=self.solver,
-            damping=self.damping,
+            damping=levels.damping if self.damping == "auto" else self.damping,
             curvature=None if curvature is None else lambda w, h: curvature(w, h, *batches),
             mode=self.mode,
             on_failure="ignore" if self.on_failure == "warn" else self.on_failure,
@@ -138,8 +147,16 @@ class Implicit(Estimator):
             # The same words each time, so that Python's filter shows them once.
             warnings.warn(
                 f"the linear solve of {type(self.solver).__name__} failed: {status.name}: "
-                f"{status.value}; history['status'] has every step",
+                f"{status.value}{of_nothing(result.solve)}; history['status'] has every step",
                 LinearSolveWarning,
+                stacklevel=1,
+            )
+        if self.on_failure == "warn" and levels.damping.exceeds(result.damping):
+            warnings.warn(
+                "damping='auto' took more than the largest curvature that was met: θ is far from a "
+                "minimum of the inner objective; make more inner_steps or warmup_steps, or give "
+                "hg.bilevel.Implicit(damping=...) a number; history['damping'] has every step",
+                DampingWarning,
                 stacklevel=1,
             )
         return _with_receipt(result)
@@ -326,6 +343,7 @@ def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Estimate:
         levels.hparams.tree,
         solver=solver,
         x0=x0,
+        damping=levels.damping,
     )
     return _with_receipt(result)
 
@@ -340,4 +358,5 @@ def _with_receipt(result: Hypergradient) -> Estimate:
         # The mixed product is one more.
         matvecs=result.solve.matvecs + 1,
         verification=result.verification,
+        damping=result.damping,
     )

@@ -41,6 +41,7 @@ class Record:
         multiplier: of a penalty method.
         verification: whether the derivatives agree with differences, in the steps that verified
             them: the name of a :class:`hg.Verdict`.
+        damping: λ of the linear solve.
         metrics: what the objectives (``"inner/name"``, ``"outer/name"``) and callbacks add.
         hparams: φ after the step: each element if there are few, else mean and deviation by tensor.
     """
@@ -60,6 +61,7 @@ class Record:
     relative_residual: float | None = None
     multiplier: float | None = None
     verification: str | None = None
+    damping: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     hparams: Mapping[str, float] = field(default_factory=dict)
 

@@ -19,6 +19,7 @@ from hypergrad.distributed import DataParallel
 from hypergrad.errors import NonFiniteError
 from hypergrad.evaluation import Objective, fresh_leaves, gradient
 from hypergrad.isolation import own_parameters_refused
+from hypergrad.linsolve import AutoDamping
 from hypergrad.minibatch import Averaged, Sampled, bind
 from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
@@ -142,6 +143,7 @@ class Levels:
         inner_lr: the present learning rate of the inner optimiser, if it has one.
         verify: whether this outer step verifies derivatives.
         inner_optimizer: the optimiser of ``torch.optim`` that trains θ, where one does.
+        damping: what linear solves with ``damping="auto"`` remember.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class Levels:
         self.inner_lr: float | None = None
         self.verify: Verify = "once"
         self.inner_optimizer: torch.optim.Optimizer | None = None
+        self.damping = AutoDamping()
         self._inner_batches = inner_batches
         self._outer_batches = outer_batches
 

@@ -219,6 +219,7 @@ class Loop:
             relative_residual=None if solve is None else solve.relative_residual,
             multiplier=estimate.multiplier,
             verification=None if verification is None else verification.status.name,
+            damping=estimate.damping,
             metrics=metrics,
             hparams=self._outer.summary(),
         )

@@ -10,6 +10,7 @@ from hypergrad import tree as tr
 from hypergrad.bilevel.estimators import Estimate, Estimator, step_size
 from hypergrad.bilevel.levels import Levels
 from hypergrad.bilevel.training import Trainer
+from hypergrad.checks import check_number
 from hypergrad.errors import NonFiniteError
 from hypergrad.linsolve import Status
 from hypergrad.operators import Mode
@@ -112,20 +113,26 @@ class Alternating(Trained):
         return losses, estimate
 
     def state_dict(self) -> dict[str, Any]:
-        """The trainer's, and the warm start."""
+        """The trainer's, the warm start, and the damping to start from."""
         solution = None if self._solution is None else tr.leaves(self._solution)
-        return {"trainer": self._trainer.state_dict(), "solution": solution}
+        return {
+            "trainer": self._trainer.state_dict(),
+            "solution": solution,
+            "damping": self._levels.damping.start,
+        }
 
     def check_state(self, state: Any) -> None:
-        """The trainer's, and the warm start."""
-        check_keys(state, ("trainer", "solution"), "the state of the method")
+        """The trainer's, the warm start, and the damping to start from."""
+        check_keys(state, ("trainer", "solution", "damping"), "the state of the method")
         self._trainer.check_state(state["trainer"])
+        check_number(state["damping"], "the damping", at_least=0.0)
         if state["solution"] is not None:
             from_leaves(state["solution"], self._levels.params.tree, "the warm start", "params")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self._trainer.load_state_dict(state["trainer"])
+        self._levels.damping.start = state["damping"]
         self._solution = state["solution"]
         if self._solution is not None:
             like = self._levels.params.tree

@@ -1,6 +1,6 @@
 """Linear solvers for maps on trees. Nothing here knows what a loss is."""
 
-from hypergrad.linsolve.auto_damping import solve_raising_damping, sufficient_damping
+from hypergrad.linsolve.auto_damping import AutoDamping, sufficient_damping
 from hypergrad.linsolve.base import LinearSolver, Outcome
 from hypergrad.linsolve.block_cg import BlockCG, BlockSolution
 from hypergrad.linsolve.cg import CG
@@ -23,6 +23,7 @@ __all__ = [
     "CG",
     "GMRES",
     "MINRES",
+    "AutoDamping",
     "BlockCG",
     "BlockSolution",
     "Dense",
@@ -45,6 +46,5 @@ __all__ = [
     "Status",
     "StochasticNeumann",
     "extreme_eigenvalues",
-    "solve_raising_damping",
     "sufficient_damping",
 ]

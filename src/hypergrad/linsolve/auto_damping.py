@@ -1,62 +1,126 @@
-"""Damping raised until the solve meets no negative curvature (Levenberg 1944; Marquardt 1963)."""
+"""Damping that the curvature met by the solve asks for (Levenberg 1944; Marquardt 1963)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from hypergrad.checks import check_number
 from hypergrad.linsolve.base import LinearSolver
-from hypergrad.linsolve.lanczos import Extremes, extreme_eigenvalues
+from hypergrad.linsolve.lanczos import extreme_eigenvalues
 from hypergrad.linsolve.solution import Solution, Status
 from hypergrad.operators.base import LinearOperator
-from hypergrad.operators.damped import Damped
+from hypergrad.operators.damped import damped
 from hypergrad.tree import Tree
 
-# What damping can mend.
-_TOO_LITTLE = (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED)
-# Beyond the negative end of the spectrum, as a part of its largest magnitude: a condition number of
-# about a hundred.
-_BEYOND = 1e-2
-_GROWTH = 4.0
-_MAX_RAISES = 10
+# What damping can mend, and how often it is tried: where an iteration diverges since its step is
+# too long, more damping makes it diverge faster.
+_RAISES = {Status.NEGATIVE_CURVATURE: 20, Status.BREAKDOWN: 20, Status.DIVERGED: 2}
+# Of the magnitude of the spectrum, beyond what the negative end asks for: it bounds the condition
+# number, and so the products, of a damped solve.
+_MARGIN = 2e-3
+# Without an estimate of the spectrum a damping that was too little grows by the first, and one that
+# was enough shrinks by the second.
+_GROWTH, _DECAY = 4.0, 0.8
 
 
-def sufficient_damping(ends: Extremes) -> float:
-    """``−λ_min + 0.01 max|λ|``: more than the negative end of a spectrum, by its estimate."""
-    lowest = min(ends.smallest - ends.smallest_error, 0.0)
-    # A = 0 has no scale of its own.
-    return -lowest + (_BEYOND * ends.magnitude or 1.0)
+def sufficient_damping(smallest: float, largest: float) -> float:
+    """``2 max(−λ_min, 0) + 0.002 max|λ|``, from estimates of both ends of a spectrum.
 
-
-def solve_raising_damping(
-    solver: LinearSolver, operator: LinearOperator, rhs: Tree, *, x0: Tree | None = None
-) -> tuple[Solution, float]:
-    """Solve ``(A + λI) x = b`` with the least λ of a short list for which the solve goes well.
-
-    λ is 0 if the plain solve meets neither negative nor no curvature. Otherwise it starts at
-    :func:`sufficient_damping`, by a Lanczos estimate, and grows by a factor of 4.
-
-    Args:
-        solver: how to solve.
-        operator: A, symmetric.
-        rhs: b.
-        x0: where to start.
-
-    Returns:
-        The receipt, which counts the products of all attempts, and λ.
+    A direction of curvature ``λ_min < 0`` is then divided by a little more than ``|λ_min|``: its
+    share of the solution is as large as that of a direction of the same curvature upwards.
     """
-    solution = solver.solve(operator, rhs, x0=x0)
-    if solution.status not in _TOO_LITTLE:
-        return solution, 0.0
-    ends = extreme_eigenvalues(operator)
-    if not math.isfinite(ends.magnitude):
-        return solution, 0.0
-    matvecs = solution.matvecs + ends.matvecs
-    damping = sufficient_damping(ends)
-    for _ in range(_MAX_RAISES):
-        solution = solver.solve(Damped(operator, damping), rhs, x0=x0)
-        matvecs += solution.matvecs
-        if solution.status not in _TOO_LITTLE:
-            break
-        damping *= _GROWTH
-    return replace(solution, matvecs=matvecs), damping
+    magnitude = max(abs(smallest), abs(largest))
+    # A = 0 has no scale of its own.
+    return 2.0 * max(-smallest, 0.0) + (_MARGIN * magnitude or 1.0)
+
+
+@dataclass
+class AutoDamping:
+    """The λ of ``(A + λI) x = b`` that a solve takes, remembered for the next one.
+
+    ``damping="auto"`` is a new one for each call. A loop of your own, over one problem after the
+    other, keeps one and passes it to every call: ``damping=AutoDamping()``. The first solve is a
+    plain one. Where a solve fails for too little damping, it is repeated with
+    :func:`sufficient_damping`: of the Ritz values that :class:`CG` has seen, or else of a Lanczos
+    estimate. After each damped solve λ falls again as far as the Ritz values allow, and to 0 where
+    the spectrum that was seen is positive and well-conditioned.
+
+    Attributes:
+        start: λ of the next solve.
+        largest_curvature: ``max|λ|`` of A as far as the last damped solve has seen it; ``None``
+            where the last solve was a plain one, or its solver sees nothing of the spectrum.
+
+    Raises:
+        TypeError, ValueError: ``start`` is no finite number ≥ 0.
+    """
+
+    start: float = 0.0
+    largest_curvature: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self.start, "start", at_least=0.0)
+
+    def solve(
+        self, solver: LinearSolver, operator: LinearOperator, rhs: Tree, *, x0: Tree | None = None
+    ) -> tuple[Solution, float]:
+        """Solve ``(A + λI) x = b``.
+
+        Args:
+            solver: how to solve.
+            operator: A. Where it is not symmetric, λ stays what it is.
+            rhs: b.
+            x0: where each attempt starts.
+
+        Returns:
+            The receipt, which counts the products of all attempts and of the estimate, and λ. Where
+            no damping helps, the answer is that of the first attempt.
+        """
+        damping, self.largest_curvature = self.start, None
+        first = solution = solver.solve(damped(operator, damping), rhs, x0=x0)
+        matvecs = solution.matvecs
+        raises = 0
+        while operator.symmetric and raises < _RAISES.get(solution.status, 0):
+            ends = _ends(solution, damping)
+            if ends is None and damping == 0.0:
+                estimate = extreme_eigenvalues(operator)
+                matvecs += estimate.matvecs
+                ends = estimate.smallest - estimate.smallest_error, estimate.largest
+                if not math.isfinite(estimate.magnitude):
+                    break
+                if solution.status is Status.DIVERGED and estimate.smallest > 0.0:
+                    break
+            damping = _GROWTH * damping if ends is None else self._noted(*ends)
+            solution = solver.solve(damped(operator, damping), rhs, x0=x0)
+            matvecs += solution.matvecs
+            raises += 1
+        if solution.status in _RAISES:
+            return replace(first, matvecs=matvecs), self.start
+        if damping > 0.0:
+            self.start = self._lowered(solution, damping)
+        return replace(solution, matvecs=matvecs), damping
+
+    def exceeds(self, damping: float) -> bool:
+        """Whether the ``damping`` of the last solve is more than the largest curvature it saw."""
+        return self.largest_curvature is not None and damping > self.largest_curvature
+
+    def _lowered(self, solution: Solution, damping: float) -> float:
+        """What the next solve needs, judging by one that went well."""
+        ends = _ends(solution, damping)
+        if ends is None:
+            return _DECAY * damping
+        enough = self._noted(*ends)
+        return 0.0 if ends[0] > _MARGIN * ends[1] else enough
+
+    def _noted(self, smallest: float, largest: float) -> float:
+        seen = max(abs(smallest), abs(largest))
+        self.largest_curvature = max(self.largest_curvature or 0.0, seen)
+        return sufficient_damping(smallest, largest)
+
+
+def _ends(solution: Solution, damping: float) -> tuple[float, float] | None:
+    """Both ends of the spectrum of A that a damped solve has seen."""
+    if solution.seen is None:
+        return None
+    smallest, largest = solution.seen.ends()
+    return smallest - damping, largest - damping

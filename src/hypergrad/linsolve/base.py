@@ -12,6 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hypergrad import tree as tr
 from hypergrad.checks import check_like
+from hypergrad.linsolve.lanczos import Tridiagonal
 from hypergrad.linsolve.solution import Solution, Status
 from hypergrad.operators.base import LinearOperator, WrappedOperator
 from hypergrad.tree import Tree
@@ -27,6 +28,7 @@ class Outcome:
         iterations: how many were done.
         residual_norm: ``‖b − A x‖`` measured for this ``x``, ``None`` if it was not.
         residuals: the norms after each iteration, if recorded.
+        seen: what the method learned of the spectrum of A on its way, if it does.
     """
 
     x: Tree
@@ -34,6 +36,7 @@ class Outcome:
     iterations: int
     residual_norm: float | None
     residuals: tuple[float, ...] | None = None
+    seen: Tridiagonal | None = None
 
 
 class LinearSolver(ABC):
@@ -139,6 +142,7 @@ class LinearSolver(ABC):
             counted.matvecs,
             outcome.residual_norm if math.isfinite(outcome.residual_norm or 0.0) else None,
             outcome.residuals,
+            outcome.seen,
         )
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
 from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
+from hypergrad.linsolve.lanczos import Tridiagonal
 from hypergrad.linsolve.preconditioner import (
     Preconditioner,
     apply_preconditioner,
@@ -107,6 +108,10 @@ class CG(LinearSolver):
         largest_curvature = 0.0
         restart_norm = math.inf
         iteration = 0
+        # The Lanczos matrix of the run, which its scalars are (Saad 2003, §6.7.3).
+        diagonal: list[float] = []
+        off: list[float] = []
+        inverse_alpha = beta = 0.0
 
         while status is Status.MAX_ITERATIONS and iteration < maxiter:
             if not 0.0 < rz < math.inf:
@@ -118,6 +123,8 @@ class CG(LinearSolver):
             if not math.isfinite(pAp):
                 status = Status.NON_FINITE
                 break
+            diagonal.append(pAp / rz + beta * inverse_alpha)
+            inverse_alpha = pAp / rz
             if pAp <= flat:
                 negative = pAp < -flat and operator.lower_bound < 0.0
                 status = Status.NEGATIVE_CURVATURE if negative else Status.BREAKDOWN
@@ -162,6 +169,7 @@ class CG(LinearSolver):
             rz_old = rz
             z, rz = apply_preconditioner(precondition, r, norm, option=self.preconditioner)
             beta = 0.0 if drifted else rz / rz_old
+            off.append(math.sqrt(beta) * inverse_alpha)
             tr.scale_(ps, beta)
             tr.add_(ps, rs if z is r else tr.leaves(z))
             pp = rz + beta * beta * pp
@@ -176,5 +184,11 @@ class CG(LinearSolver):
             measured = residual_norm(operator, x, rhs)
         observe(self.preconditioner, iteration)
         return Outcome(
-            x, status, iteration, measured, tuple(history) if self.record_residuals else None
+            x,
+            status,
+            iteration,
+            measured,
+            tuple(history) if self.record_residuals else None,
+            # With a preconditioner it is that of another operator, M^½ A M^½.
+            Tridiagonal(diagonal, off) if diagonal and precondition is None else None,
         )

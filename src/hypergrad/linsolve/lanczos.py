@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +13,9 @@ import torch
 from hypergrad import tree as tr
 from hypergrad.checks import check_count, check_number
 from hypergrad.operators.base import LinearOperator
+
+# Of an interval as wide as the spectrum.
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -108,3 +114,46 @@ def _ritz_ends(
     values, vectors = torch.linalg.eigh(T)
     last = (beta * vectors[-1].abs()).tolist()
     return float(values[0]), float(values[-1]), last[0], last[-1]
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    """``T = Vᵀ A V`` in the orthonormal basis V of a Krylov space, symmetric and tridiagonal.
+
+    Attributes:
+        diagonal: k entries.
+        off: the k − 1 entries next to it.
+    """
+
+    diagonal: Sequence[float]
+    off: Sequence[float]
+
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest Ritz value: both lie within the spectrum of A.
+
+        By bisection on the number of negative pivots of ``T − μI`` (Sturm; Golub & Van Loan, §8.4).
+        """
+        padded = (0.0, *self.off, 0.0)
+        radii = [abs(a) + abs(b) for a, b in itertools.pairwise(padded)]
+        low = min(a - r for a, r in zip(self.diagonal, radii, strict=True))
+        high = max(a + r for a, r in zip(self.diagonal, radii, strict=True))
+        return self._bisect(low, high, 1), self._bisect(low, high, len(self.diagonal))
+
+    def _bisect(self, low: float, high: float, rank: int) -> float:
+        """The eigenvalue that has ``rank − 1`` others below it."""
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (low + high)
+            if self._below(middle) >= rank:
+                high = middle
+            else:
+                low = middle
+        return 0.5 * (low + high)
+
+    def _below(self, mu: float) -> int:
+        """How many eigenvalues are below μ."""
+        count, pivot = 0, 1.0
+        for a, b in zip(self.diagonal, (0.0, *self.off), strict=True):
+            pivot = a - mu - b * b / pivot
+            count += pivot < 0.0
+            pivot = pivot or sys.float_info.min
+        return count

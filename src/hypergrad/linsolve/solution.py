@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hypergrad.linsolve.lanczos import Tridiagonal
 from hypergrad.tree import Tree
 
 
@@ -18,27 +19,30 @@ class Status(Enum):
     )
     MAX_ITERATIONS = (
         "the maximum number of iterations was reached before the tolerance; raise maxiter, loosen "
-        "rtol, add damping, or use a preconditioner"
+        "rtol, pass damping= a number, or use preconditioner=hg.NystromPreconditioner()"
     )
     STAGNATED = (
         "rounding (or a restart that comes too early) keeps the residual above the tolerance; "
-        "loosen rtol, add damping, use a wider dtype, or restart later"
+        "loosen rtol, pass damping= a number, use a wider dtype, or restart later"
     )
     NOT_SYMMETRIC = (
         "the method, or its preconditioner, needs a symmetric operator and this one is not known "
         "to be symmetric; use GMRES, NormalCG or FixedPoint"
     )
     BREAKDOWN = (
-        "the operator is singular along a direction that the right-hand side needs; add damping, "
-        "or regularise the inner objective"
+        "the operator is singular along a direction that the right-hand side needs; pass "
+        "damping='auto' or (to hg.argmin) a number, or add a penalty on the parameters to the "
+        "inner objective"
     )
     NEGATIVE_CURVATURE = (
         "a direction of negative curvature was met, so the parameters are not at a minimum of the "
-        "inner objective; train it longer or add damping"
+        "inner objective; pass damping='auto' or (to hg.argmin) a larger number, train longer, or "
+        "use curvature= a GaussNewton operator"
     )
     DIVERGED = (
         "the iteration diverges, since an eigenvalue of the operator lies too far from 1/step (for "
-        "a symmetric one: outside (0, 2/step)); use a smaller step, add damping, or use CG or GMRES"
+        "a symmetric one: outside (0, 2/step)); use a smaller step=, or solver=hg.CG() or "
+        "hg.GMRES(), or where an eigenvalue is negative damping='auto'"
     )
     NON_FINITE = (
         "an infinity or a NaN appeared in the right-hand side or in a product; check the second "
@@ -66,6 +70,8 @@ class Solution:
             an approximate method was not asked for it. Zero for b = 0.
         residuals: the relative residual norm after 0, 1, 2, ... iterations, as the iteration itself
             sees it; ``None`` unless the solver was told ``record_residuals=True``.
+        seen: what :class:`CG` without a preconditioner learned of the spectrum of A on its way:
+            ``seen.ends()`` are its smallest and largest Ritz value. ``None`` for other solvers.
     """
 
     x: Tree
@@ -74,6 +80,7 @@ class Solution:
     matvecs: int
     relative_residual: float | None
     residuals: tuple[float, ...] | None = None
+    seen: Tridiagonal | None = None
 
     @property
     def converged(self) -> bool:
