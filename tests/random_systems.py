@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hypergrad as hg
 from hypergrad import Status
-from hypergrad.linsolve import solve_raising_damping
+from hypergrad.linsolve import AutoDamping
 from hypergrad.operators import Matrix
 
 KINDS = (
@@ -134,8 +134,10 @@ def objections(system: System, name: str) -> list[str]:
             warnings.simplefilter("ignore")
             operator = Matrix(system.matrix)
             solution = solver.solve(operator, system.b)
-            if name in ("cg", "minres") and operator.symmetric:
-                solve_raising_damping(solver, operator, system.b)
+            if name in ("cg", "cg-jacobi", "minres", "neumann"):
+                auto = AutoDamping()
+                for _ in range(2):
+                    auto.solve(solver, operator, system.b)
     except Exception as error:
         return [f"{type(error).__name__}: {str(error)[:90]}"]
     wrong = []

@@ -86,11 +86,11 @@ class AutoDamping:
                 estimate = extreme_eigenvalues(operator)
                 matvecs += estimate.matvecs
                 ends = estimate.smallest - estimate.smallest_error, estimate.largest
-                if not math.isfinite(estimate.magnitude):
-                    break
                 if solution.status is Status.DIVERGED and estimate.smallest > 0.0:
                     break
             damping = _GROWTH * damping if ends is None else self._noted(*ends)
+            if not math.isfinite(damping):
+                break
             solution = solver.solve(damped(operator, damping), rhs, x0=x0)
             matvecs += solution.matvecs
             raises += 1
