@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad as hg
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 
 Pair = namedtuple("Pair", ["first", "second"])
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import hypergrad as hg
-from hypergrad import checkpointing, operators
+from hypergrad import operators
 
 # As Hugging Face does, which keeps the function itself.
 CAPTURED = functools.partial(checkpoint, use_reentrant=False)
@@ -423,9 +423,7 @@ def test_what_recomputes_only_once_serves_first_derivatives_and_is_refused_for_s
 def test_without_its_private_name_checkpointing_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.utils.checkpoint, "_CheckpointFrame", None)
     monkeypatch.delattr(torch.utils.checkpoint, "_CheckpointFrame")
-    monkeypatch.setattr(checkpointing, "_REPLACEMENTS", checkpointing._replacements())
     problem = Problem(Block, True)
 
     def outputs(params: Any, x: Tensor) -> Tensor:

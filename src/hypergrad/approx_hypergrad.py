@@ -20,7 +20,7 @@ from hypergrad import differentiable
 from hypergrad import tree as tr
 from hypergrad.implicit import hypergradient, report_failure
 from hypergrad.linsolve import CG, Identity, LinearSolver, Neumann, Nystrom, Status
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 from hypergrad.utils import Objective, Params
 
 

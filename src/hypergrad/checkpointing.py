@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hypergrad import tree as tr
+from hypergrad.global_state import Shared, replacing
 from hypergrad.isolation import (
     RandomState,
     buffer_in_use,
@@ -30,14 +31,8 @@ from hypergrad.isolation import (
     own_parameters_are_meant,
 )
 from hypergrad.kernels import is_twice_differentiable, twice_differentiable
-from hypergrad.replacing import Replacement
+from hypergrad.private import CHECKPOINT_FRAME
 from hypergrad.statistics import DifferentiableStatistics
-
-# The one private name, since there is no public way to a checkpoint of which only the function is
-# known that made it (Hugging Face keeps `checkpoint` itself): PyTorch makes one of these for each
-# call, with the function of the second run as the first argument. `context_fn=` of `checkpoint`
-# would replace it for callers that pass it on.
-_FRAME = "_CheckpointFrame"
 
 
 @contextmanager
@@ -50,15 +45,13 @@ def checkpoints_followed() -> Iterator[None]:
     if _this_thread.following or torch.compiler.is_compiling():
         yield
         return
-    for replacement in _REPLACEMENTS:
-        replacement.install()
-    _this_thread.following = True
+    _CHECKPOINTS.enter()
     try:
+        _this_thread.following = True
         yield
     finally:
         _this_thread.following = False
-        for replacement in _REPLACEMENTS:
-            replacement.uninstall()
+        _CHECKPOINTS.leave()
 
 
 class _ThreadState(threading.local):
@@ -119,15 +112,15 @@ def _unfollowed(plain: Any) -> Any:
     return refuse
 
 
-def _replacements() -> list[Replacement]:
+def _targets() -> list[tuple[Any, str, Callable[[Any], Any]]]:
     module = torch.utils.checkpoint
-    reentrant = Replacement(module, "CheckpointFunction", _reentrant)
-    if hasattr(module, _FRAME):
-        return [reentrant, Replacement(module, _FRAME, _frames)]
-    return [reentrant, Replacement(module, "checkpoint", _unfollowed)]
+    reentrant = (module, "CheckpointFunction", _reentrant)
+    if hasattr(module, CHECKPOINT_FRAME):
+        return [reentrant, (module, CHECKPOINT_FRAME, _frames)]
+    return [reentrant, (module, "checkpoint", _unfollowed)]
 
 
-_REPLACEMENTS = _replacements()
+_CHECKPOINTS = Shared(replacing(_targets))
 
 
 def _is_following() -> bool:

@@ -19,7 +19,7 @@ from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.checks import check_tree, check_value
 from hypergrad.isolation import RandomState, isolated_buffers
 from hypergrad.kernels import twice_differentiable
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 
 Objective: TypeAlias = Callable[[Tree, Tree], Tensor]
@@ -88,12 +88,20 @@ def leaving_no_trace(*, twice: bool) -> Iterator[None]:
 
     With ``twice`` also :func:`twice_differentiable`.
     """
-    with torch.inference_mode(False), torch.enable_grad(), isolated_buffers():
-        if twice:
-            with twice_differentiable():
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), isolated_buffers():
+            if twice:
+                with twice_differentiable():
+                    yield
+            else:
                 yield
-        else:
-            yield
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved for backward" not in str(error):
+            raise
+        raise ValueError(
+            "objectives must not compute with tensors made in torch.inference_mode(), which "
+            "autograd cannot save; clone them outside of it, or make them in torch.no_grad()"
+        ) from error
 
 
 def fresh_leaves(tree: Tree) -> Tree:

@@ -16,7 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad.checks import check_tree
 from hypergrad.partial import Tensors
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 
 

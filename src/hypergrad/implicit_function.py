@@ -16,7 +16,7 @@ from hypergrad.adjoint import Adjoint, inner, leading
 from hypergrad.conditions import Conditions
 from hypergrad.evaluation import dense
 from hypergrad.partial import Tensors, partial_gradient
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 
 
 def needs_graph(tensors: Tensors) -> bool:

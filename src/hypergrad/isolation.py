@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hypergrad import tree as tr
+from hypergrad.module_calls import Call, calls_through
 from hypergrad.statistics import DifferentiableStatistics
 from hypergrad.tree import Tree
 
@@ -42,6 +43,10 @@ class RandomState:
         finally:
             self._after = self._current()
             self._restore(callers)
+
+    def put_back(self) -> None:
+        """Make the remembered state the current one."""
+        self._restore(self._states)
 
     def advance(self) -> None:
         """Move on to where the last replay ended, as if it had not been a replay."""
@@ -172,13 +177,13 @@ def isolated_buffers() -> Iterator[None]:
     if _this_thread.isolating:
         yield
         return
-    _install()
-    _this_thread.isolating = True
+    _MODULE_CALLS.enter()
     try:
+        _this_thread.isolating = True
         yield
     finally:
         _this_thread.isolating = False
-        _uninstall()
+        _MODULE_CALLS.leave()
 
 
 @contextmanager
@@ -193,13 +198,13 @@ def own_parameters_refused() -> Iterator[None]:
     if torch.compiler.is_compiling() or _this_thread.refusing or _fsdp() is None:
         yield
         return
-    _install()
-    _this_thread.refusing = True
+    _MODULE_CALLS.enter()
     try:
+        _this_thread.refusing = True
         yield
     finally:
         _this_thread.refusing = False
-        _uninstall()
+        _MODULE_CALLS.leave()
 
 
 @contextmanager
@@ -238,43 +243,19 @@ class _ThreadState(threading.local):
 
 
 _this_thread = _ThreadState()
-_lock = threading.Lock()
-_contexts = 0
-_plain_call: Any = nn.Module.__call__
 
 
-def _install() -> None:
-    # Module.__call__ is replaced, as torch.fx does to trace it. Global forward hooks would be the
-    # public way, but compiled modules warn of them and trace into them.
-    global _contexts, _plain_call
-    with _lock:
-        if _contexts == 0:
-            _plain_call = nn.Module.__call__
-            nn.Module.__call__ = _call_isolated  # type: ignore[method-assign]
-        _contexts += 1
-
-
-def _uninstall() -> None:
-    global _contexts
-    with _lock:
-        _contexts -= 1
-        if _contexts == 0:
-            nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
-
-
-def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``module(*args, **kwargs)``; the outermost module of a call on copies of its buffers."""
-    if torch.compiler.is_compiling():
-        return _plain_call(module, *args, **kwargs)
+def _call_isolated(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``call(module, ...)``; the outermost module of a call on copies of its buffers."""
     if _this_thread.isolating or _this_thread.refusing:
         _refuse_own_parameters(module)
     if not _this_thread.isolating or _this_thread.inside_a_module:
-        return _call_inside(module, *args, **kwargs)
+        return _call_inside(call, module, *args, **kwargs)
     carried = _this_thread.carried
     originals = _swap_buffers(module, carried)
     _this_thread.inside_a_module = True
     try:
-        return _call_inside(module, *args, **kwargs)
+        return _call_inside(call, module, *args, **kwargs)
     finally:
         _this_thread.inside_a_module = False
         for buffers, key, original in originals:
@@ -283,12 +264,15 @@ def _call_isolated(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             buffers[key] = original
 
 
-def _call_inside(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``module(*args, **kwargs)``, differentiable in its statistics where buffers are."""
+def _call_inside(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``call(module, *args, **kwargs)``, differentiable in its statistics where buffers are."""
     if not module._buffers or not buffers_are_differentiable():
-        return _plain_call(module, *args, **kwargs)
+        return call(module, *args, **kwargs)
     with DifferentiableStatistics():
-        return _plain_call(module, *args, **kwargs)
+        return call(module, *args, **kwargs)
+
+
+_MODULE_CALLS = calls_through(_call_isolated)
 
 
 def _swap_buffers(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hypergrad.checkpointing import checkpoints_followed
 from hypergrad.evaluation import filled, gradient, leaving_no_trace
 from hypergrad.operators.kept_graph import check_differentiable
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 
 Tensors = Sequence[Tensor]
 

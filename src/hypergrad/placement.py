@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from hypergrad.private import local_part
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -154,11 +156,7 @@ def located(leaf: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     if not is_distributed(leaf):
         where = ((indices >= 0) & (indices < leaf.numel())).nonzero()[:, 0]
         return where, indices[where]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        leaf.shape, leaf.device_mesh, leaf.placements
-    )
+    shape, offset = local_part(leaf)
     inside = (indices >= 0) & (indices < leaf.numel())
     position, rest = torch.zeros_like(indices), indices
     strides = [math.prod(leaf.shape[i + 1 :]) for i in range(leaf.ndim)]

@@ -17,7 +17,7 @@ from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.errors import NonFiniteError
 from hypergrad.isolation import Buffers, RandomState, isolated_buffers
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform, is_batch_of_cotangents
 
 
 class Computation(Protocol):
@@ -179,8 +179,7 @@ def _differentiable(buffers: Buffers) -> tuple[list[Tensor], list[Tensor]]:
 
 def _are_hidden(tensors: Sequence[Tensor]) -> bool:
     """Whether values cannot be looked at: in a transform, or a batch of ``is_grads_batched``."""
-    legacy = torch._C._functorch.is_legacy_batchedtensor
-    return inside_a_transform() or any(legacy(tensor) for tensor in tensors)
+    return inside_a_transform() or any(map(is_batch_of_cotangents, tensors))
 
 
 _AutocastState = tuple[str, bool, torch.dtype]

@@ -32,8 +32,8 @@ from hypergrad.minibatch import Averaged, value_and_gradients
 from hypergrad.operators import Hessian, Mode, hessian
 from hypergrad.optimizers import Optimizer, Settings, State
 from hypergrad.partial import Tensors, partial_gradient
+from hypergrad.private import inside_a_transform
 from hypergrad.recompute import recomputed
-from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
 
 Point: TypeAlias = tuple[Tree, State]

@@ -246,7 +246,20 @@ def _sum_of_squares(x: Tree, unit: float) -> float:
 
 
 def _products(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
+    if len(x) > _MANY and len({(leaf.dtype, leaf.device) for leaf in (*x, *y)}) == 1:
+        # Joined, since two calls for each of thousands of leaves take longer than the sums.
+        small = [i for i, leaf in enumerate(x) if leaf.numel() <= _SMALL]
+        if small:
+            large = [_product(a, b) for a, b in zip(x, y, strict=True) if a.numel() > _SMALL]
+            return [*large, _product(_joined(x, small), _joined(y, small))]
     return [_product(a, b) for a, b in zip(x, y, strict=True)]
+
+
+_MANY, _SMALL = 256, 1 << 12
+
+
+def _joined(tensors: list[Tensor], places: list[int]) -> Tensor:
+    return torch.cat([tensors[i].reshape(-1) for i in places])
 
 
 # Plain sums lose digits with n: in float32 at n = 1e8 torch.dot is wrong by 1e-3, a sum of pieces

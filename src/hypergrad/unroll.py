@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -24,8 +25,8 @@ from hypergrad.minibatch import Averaged, Sampled, bind, with_arguments
 from hypergrad.operators import Mode
 from hypergrad.operators.kept_graph import leaves_of
 from hypergrad.optimizers import Optimizer, State, check_optimizer
+from hypergrad.private import inside_a_transform
 from hypergrad.trajectory import Point, Steps, detached, naming_the_step
-from hypergrad.transforms import inside_a_transform
 from hypergrad.tree import Tree
 
 Memory: TypeAlias = Literal["recompute", "graph", "checkpoint", "forward"]
@@ -109,7 +110,7 @@ def unroll(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of its range.
         NonFiniteError: a value, a gradient or a parameter became infinite or NaN; it says in which
-            step. Nothing of the caller's but the random state has changed then.
+            step. Nothing of the caller's has changed then.
         DoubleBackwardError: ``memory="graph"``, and an operation of ``inner`` has no second
             derivative; the other modes go on with finite differences there.
 
@@ -163,6 +164,8 @@ def run(
             "memory must be 'graph' inside the transforms of torch.func, which hide what requires "
             f"gradients, got {memory!r}"
         )
+    # Autograd can save no inference tensor; from here on they are copies.
+    params, hparams = tr.map_leaves(_savable, params), tr.map_leaves(_savable, hparams)
     if state is None:
         state = optimizer.init(params)
 
@@ -171,7 +174,7 @@ def run(
         objectives = [_ignoring_hparams(objective, hparams) for objective in objectives]
         hparams = torch.zeros(1)
     # One isolation for all steps: each costs as much as a few kernels.
-    with isolated_buffers():
+    with isolated_buffers(), _random_state_put_back_on_failure(generator, params, hparams):
         skipped = 0 if truncate is None else max(0, len(objectives) - truncate)
         if skipped:
             head = Steps(optimizer, objectives[:skipped], first_order, mode)
@@ -193,6 +196,27 @@ def run(
     point = _connected(point, tr.split((params, state.slots, hparams))[0])
     buffers.give_back()
     return point
+
+
+@contextmanager
+def _random_state_put_back_on_failure(
+    generator: torch.Generator | None, *trees: Tree
+) -> Iterator[None]:
+    start = RandomState(*trees)
+    own = None if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        start.put_back()
+        if generator is not None and own is not None:
+            generator.set_state(own)
+        raise
+
+
+def _savable(leaf: Tensor) -> Tensor:
+    if not leaf.is_inference() or torch.is_inference_mode_enabled():
+        return leaf
+    return leaf.clone()
 
 
 def objectives_of(inner: Any, steps: int | Iterable[Any]) -> Sequence[Objective]:

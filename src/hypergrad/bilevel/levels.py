@@ -21,7 +21,7 @@ from hypergrad.evaluation import Objective, fresh_leaves, gradient
 from hypergrad.isolation import own_parameters_refused
 from hypergrad.linsolve import AutoDamping
 from hypergrad.minibatch import Averaged, Sampled, bind
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 from hypergrad.verification import Verify
 

@@ -9,7 +9,7 @@ import torch
 
 from hypergrad.bilevel.callbacks import Callback
 from hypergrad.checks import check_count, check_number, check_objective, given
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 
 
 def check_options(

@@ -20,7 +20,7 @@ from hypergrad.implicit import hypergradient
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.base import Slot
 from hypergrad.packing import check_form, check_keys
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 from hypergrad.unroll import unroll
 from hypergrad.unrolled import Unrolled

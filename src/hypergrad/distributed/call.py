@@ -13,7 +13,7 @@ from hypergrad import tree as tr
 from hypergrad.distributed.ranks import Ranks, fingerprint
 from hypergrad.errors import DistributedError
 from hypergrad.isolation import RandomState, own_parameters_refused
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from hypergrad import placement as pl
 from hypergrad.distributed.ranks import Ranks
+from hypergrad.private import as_batch, is_batch_of_cotangents, whole_batch
 
 
 def summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
@@ -141,12 +142,12 @@ def _on_the_whole_batch(tensor: Tensor, change: Callable[[Tensor], object]) -> T
 
     There it is a tensor of a kind of its own, whose batch dimension messages must carry as well.
     """
-    if not torch._C._functorch.is_legacy_batchedtensor(tensor):
+    if not is_batch_of_cotangents(tensor):
         change(tensor)
         return tensor
-    whole = torch._remove_batch_dim(tensor, 1, 0, 0).contiguous()
+    whole = whole_batch(tensor).contiguous()
     change(whole)
-    return torch._add_batch_dim(whole, 0, 1)
+    return as_batch(whole)
 
 
 def _all_gather(output: Tensor, given: Tensor, ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ from hypergrad import tree as tr
 from hypergrad.checks import check_dependence, check_value
 from hypergrad.errors import CompilationError
 from hypergrad.evaluation import Objective, filled, filled_leaves
+from hypergrad.kernels import compiled_as_usual
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.derivatives import Derivatives, differentiate
 from hypergrad.operators.hessian import Hessian, Side
@@ -126,7 +127,7 @@ class _Call:
                 dynamo.config.patch(
                     recompile_limit=_MANY, accumulated_recompile_limit=_MANY, allow_rnn=True
                 ),
-                torch.compiler.set_stance("default"),
+                compiled_as_usual(),
                 compilation("torch.compile cannot take it as one graph"),
             ):
                 return _captured()(inner, params, hparams)

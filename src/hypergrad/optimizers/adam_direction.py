@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad import placement as pl
 from hypergrad.optimizers.hyperparameters import moving_average, moving_square, root
-from hypergrad.transforms import inside_a_transform
+from hypergrad.private import inside_a_transform
 
 Coefficients: TypeAlias = tuple[float | Tensor, float | Tensor, float | Tensor]
 """(β₁, β₂, ε), where ε is scaled as ``√v`` is."""
