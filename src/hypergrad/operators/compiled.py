@@ -18,6 +18,7 @@ from hypergrad.checks import check_dependence, check_value
 from hypergrad.errors import CompilationError
 from hypergrad.evaluation import Objective, filled, filled_leaves
 from hypergrad.kernels import compiled_as_usual
+from hypergrad.operators import private
 from hypergrad.operators.base import one_by_one
 from hypergrad.operators.derivatives import Derivatives, differentiate
 from hypergrad.operators.hessian import Hessian, Side
@@ -117,14 +118,12 @@ class _Call:
         Raises:
             CompilationError: ``torch.compile`` cannot take it as one graph.
         """
-        import torch._dynamo as dynamo
-
         outside, _this_thread.call = _this_thread.call, self
         try:
             with (
                 COMPILING,
                 # Each objective is one more version of the one function that calls them all.
-                dynamo.config.patch(
+                private.dynamo().config.patch(
                     recompile_limit=_MANY, accumulated_recompile_limit=_MANY, allow_rnn=True
                 ),
                 compiled_as_usual(),

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hypergrad.evaluation import leaving_no_trace
+from hypergrad.operators import private
 from hypergrad.operators.hessian import Side
 from hypergrad.operators.kept_graph import check_differentiable, pull_back
 from hypergrad.operators.program import Program
@@ -76,8 +74,8 @@ def differentiate(
 
     vector = [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in params]
     # As functions: what is written into an input stays in the trace, and is not asked for.
-    with enable_python_dispatcher():
-        traced = make_fx(dispatch_functionalize(trace), tracing_mode="fake")(list(inputs), vector)
+    with private.python_dispatcher():
+        traced = private.make_fx(private.functionalized(trace))(list(inputs), vector)
 
     nodes = {op: traced.graph.find_nodes(op=op) for op in ("placeholder", "output")}
     results = iter(nodes["output"][0].args[0])

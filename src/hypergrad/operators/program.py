@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hypergrad.errors import CompilationError, DoubleBackwardError
+from hypergrad.operators import private
 
 COMPILING = threading.RLock()
 """Held by the thread that captures, traces or compiles: PyTorch keeps what it is at globally."""
@@ -85,16 +85,14 @@ class Program:
         if width not in self._batched:
             each = torch.vmap(self._graph, in_dims=(*[None] * len(fixed), *[0] * len(batch)))
             with COMPILING, compilation("its products cannot be batched"):
-                graph = make_fx(each, tracing_mode="fake")(*fixed, *batch)
+                graph = private.make_fx(each)(*fixed, *batch)
             self._batched[width] = Program(graph, self._there)
         return self._batched[width]([*fixed, *batch])
 
 
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
-    import torch._inductor as inductor
-
     if not any(node.op == "call_function" for node in graph.graph.nodes):
         return graph  # there is nothing to compile, which the compiler would refuse
     with compilation("the compiler failed"):
         # The random numbers of eager functions: a mask is the same in all modes.
-        return inductor.compile(graph, list(inputs), options={"fallback_random": True})
+        return private.inductor().compile(graph, list(inputs), options={"fallback_random": True})
