@@ -23,6 +23,8 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+# The penalty methods raise the outer loss before they lower it.
+@pytest.mark.filterwarnings("ignore:the outer loss has risen")
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", PLANS)
 def test_every_algorithm_reaches_the_solution_within_its_budget(name: str, problem: str) -> None:

@@ -64,6 +64,8 @@ def test_a_backward_pass_sees_the_masks_of_the_call_and_a_call_costs_no_graph() 
         evaluations += 1
         return inner(w, c) + (torch.rand(2) * c[0] * w[0] ** 2).sum()
 
+    neumann(masked, outer, theta, phi, 3, 0.05)  # verifies, which the next calls do not
+    evaluations = 0
     neumann(masked, outer, theta, phi, 3, 0.05)
     alone, evaluations = evaluations, 0
     phi[0].requires_grad_()

@@ -360,8 +360,9 @@ def is_verifying() -> bool:
 
 @contextmanager
 def verifying() -> Iterator[None]:
-    """Mark evaluations, and put the random states of Python and NumPy back after them."""
+    """Mark evaluations, and put the random states of the process back after them."""
     outside, python, numpy = _this_thread.verifying, random.getstate(), sys.modules.get("numpy")
+    torch_state = torch.get_rng_state()
     drawn = None if numpy is None else numpy.random.get_state()
     _this_thread.verifying = True
     try:
@@ -369,6 +370,7 @@ def verifying() -> Iterator[None]:
     finally:
         _this_thread.verifying = outside
         random.setstate(python)
+        torch.set_rng_state(torch_state)
         if numpy is not None:
             numpy.random.set_state(drawn)
 

@@ -240,7 +240,8 @@ def hypergradient(
             shift.start = start
         answer = _answer(
             inner, outer, params, hparams, solver, shift, curvature, x0, course.mode,
-            verifies=course.verifies, last=mu is None,
+            # Both products at once would be one more program to compile.
+            verifies=course.verifies, last=mu is None and course.mode != "compiled",
         )  # fmt: skip
         found = answer.result.verification
         again = found is not None and course.heard(found)

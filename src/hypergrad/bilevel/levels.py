@@ -89,7 +89,7 @@ class Measured:
             value, metrics = self._split(value)
             if not is_verifying():
                 self._add(metrics)
-        if self.uses is None:
+        if self.uses is None and not is_verifying():
             self._notice_hparams(value, hparams)
         if isinstance(value, Tensor):
             value = pl.full(value)
