@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias, get_args
@@ -19,6 +20,7 @@ from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.reverse import ReverseHessian
+from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 
 Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference", "compiled"]
@@ -37,8 +39,8 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
             ``"finite-difference"``: central differences of first gradients, for models without
             second derivatives. ``"compiled"``: over a graph that ``torch.compile`` captures once,
             the fastest of all where there are many products; its first call takes seconds.
-            ``"auto"``: reverse, or finite differences where that fails or gives an infinity or a
-            NaN at the first product, with one :class:`DoubleBackwardWarning` that says why.
+            ``"auto"``: reverse, or finite differences where that fails or gives a NaN at the
+            first product, with one :class:`DoubleBackwardWarning` that says why.
 
     Raises:
         TypeError, ValueError: bad trees, an unknown mode, or an ``inner`` that is not a finite
@@ -65,7 +67,7 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
 
 
 class AutoHessian(Hessian):
-    """Reverse mode; finite differences once a second derivative is missing, infinite or NaN."""
+    """Reverse mode; finite differences once a second derivative is missing or NaN."""
 
     def linearise(self) -> tuple[float, Tree]:
         self._seen = False
@@ -103,18 +105,18 @@ class AutoHessian(Hessian):
         return self._active.repeated()
 
     def _usable(self, product: Tree, vector: Tree) -> bool:
-        """Whether a product is finite, where it can be; the first of all is looked at.
+        """Whether a product is none of a second derivative that is NaN; the first is looked at.
 
         A norm, a root or a distance at zero has a gradient in PyTorch and a second derivative that
-        is NaN for every vector.
+        is NaN for every vector. An infinity is what overflows.
         """
-        if self._seen:
+        if self._seen or inside_a_transform():
             return True
         self._seen = True
         finite_before = [*tr.leaves(vector), *tr.leaves(self.gradient)]
-        if tr.is_finite(product) or not tr.is_finite(finite_before):
+        if not math.isnan(tr.dot(product, product).item()) or not tr.is_finite(finite_before):
             return True
-        self._change("the second derivative of inner is infinite or NaN where its gradient is not")
+        self._change("the second derivative of inner is NaN where its gradient is finite")
         return False
 
     def _fall_back(self, error: DoubleBackwardError) -> None:
