@@ -223,16 +223,18 @@ def test_automatic_damping_is_zero_unless_needed_and_says_what_it_chose(
 ) -> None:
     convex, saddle = ridge(), mlp()
     plain = hg.hypergradient(
-        convex.inner, convex.outer, convex.params, convex.hparams, solver=solver, damping="auto"
+        convex.inner, convex.outer, convex.params, convex.hparams, solver=solver
     )
     assert plain.damping == 0.0
     assert relative_error(plain.grads, convex.hypergradient) < 1e-2
     arguments = (saddle.inner, saddle.outer, saddle.params, saddle.hparams)
-    result = hg.hypergradient(*arguments, solver=solver, damping="auto")
+    # A network at random parameters has as much negative curvature as positive one.
+    with pytest.warns(hg.DampingWarning, match="more than the largest curvature"):
+        result = hg.hypergradient(*arguments, solver=solver)
     assert not result.solve.status.failed
     H = hg.operators.hessian(*arguments[:1], *arguments[2:]).dense()
     lowest, highest = (float(v) for v in torch.linalg.eigvalsh(H)[[0, -1]])
-    assert -lowest < result.damping < -lowest + 0.05 * max(abs(lowest), highest)
+    assert -lowest < result.damping < -3 * lowest + 0.05 * max(abs(lowest), highest)
     same = hg.hypergradient(*arguments, solver=hg.Dense(), damping=result.damping)
     assert relative_error(result.grads, same.grads) < 1e-1
     # The products of the failed attempt and of the estimate are counted too.

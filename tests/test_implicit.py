@@ -233,12 +233,16 @@ def test_a_parameter_that_the_inner_objective_does_not_use_is_reported() -> None
     fine = hg.hypergradient(inner, lambda w, p: w["used"].sum(), params, phi)
     assert fine.solve.converged
     assert fine.grads.item() == pytest.approx(2.0)
+    both = (inner, lambda w, p: w["used"].sum() + w["unused"].sum(), params, phi)
     with pytest.warns(hg.LinearSolveWarning, match="singular along a direction"):
-        broken = hg.hypergradient(
-            inner, lambda w, p: w["used"].sum() + w["unused"].sum(), params, phi, damping=0.0
-        )
+        broken = hg.hypergradient(*both, damping=0.0)
     assert broken.solve.status is hg.Status.BREAKDOWN
     assert broken.solve.relative_residual < 1.0
+    # By default H is made regular by a damping that is small beside it.
+    mended = hg.hypergradient(*both)
+    assert mended.solve.converged
+    assert 0.0 < mended.damping <= 0.01
+    assert mended.grads.item() == pytest.approx(2.0 / (1.0 + mended.damping), rel=1e-4)
 
 
 def test_a_failed_solve_warns_raises_or_is_ignored() -> None:

@@ -110,7 +110,10 @@ class AutoDamping:
         if ends is None:
             return _DECAY * damping
         enough = self._noted(*ends)
-        return 0.0 if ends[0] > _MARGIN * ends[1] else enough
+        if ends[0] > _MARGIN * ends[1]:
+            return 0.0
+        # Next to the largest number even an estimate overflows.
+        return enough if math.isfinite(enough) else damping
 
     def _noted(self, smallest: float, largest: float) -> float:
         seen = max(abs(smallest), abs(largest))

@@ -183,12 +183,15 @@ class CG(LinearSolver):
         elif measured is None:
             measured = residual_norm(operator, x, rhs)
         observe(self.preconditioner, iteration)
+        # With a preconditioner it is that of another operator, M^½ A M^½.
+        seen = None
+        if diagonal and precondition is None and status is not Status.NON_FINITE:
+            seen = Tridiagonal(diagonal, off[: len(diagonal) - 1])
         return Outcome(
             x,
             status,
             iteration,
             measured,
             tuple(history) if self.record_residuals else None,
-            # With a preconditioner it is that of another operator, M^½ A M^½.
-            Tridiagonal(diagonal, off) if diagonal and precondition is None else None,
+            seen,
         )
