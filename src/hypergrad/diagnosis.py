@@ -352,7 +352,7 @@ def _recommend(findings: list[Finding], trials: dict[str, Trial], damping: float
         advice.append("First train the inner problem to a stationary point.")
     if Finding.NEGATIVE_CURVATURE in findings or Finding.SINGULAR in findings:
         advice.append(
-            f"Use hg.CG(rtol=1e-3) with damping='auto' (about {damping:.2g} is needed here), or "
+            f"Use hg.CG(rtol=1e-3) with the default damping='auto' (about {damping:.2g} here), or "
             "curvature= a Gauss-Newton operator with a little damping."
         )
         return " ".join(advice)

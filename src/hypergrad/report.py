@@ -20,7 +20,7 @@ class Finding(Enum):
     )
     NEGATIVE_CURVATURE = (
         "the inner objective curves downwards along some direction, so that params are no minimum: "
-        "use damping='auto', or curvature= a GaussNewton operator, or train longer"
+        "leave damping='auto', or use curvature= a GaussNewton operator, or train longer"
     )
     SINGULAR = (
         "the inner objective is flat along some direction, so that its minimiser is not unique: "
