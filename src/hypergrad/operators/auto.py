@@ -20,7 +20,7 @@ from hypergrad.operators.finite_difference import FiniteDifferenceHessian
 from hypergrad.operators.forward import ForwardHessian
 from hypergrad.operators.hessian import Hessian, Side
 from hypergrad.operators.reverse import ReverseHessian
-from hypergrad.private import inside_a_transform
+from hypergrad.private import inside_a_transform, is_batch_of_cotangents
 from hypergrad.tree import Tree
 
 Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference", "compiled"]
@@ -108,13 +108,16 @@ class AutoHessian(Hessian):
         """Whether a product is none of a second derivative that is NaN; the first is looked at.
 
         A norm, a root or a distance at zero has a gradient in PyTorch and a second derivative that
-        is NaN for every vector. An infinity is what overflows.
+        is NaN for every vector. An infinity is what overflows, and may leave NaNs behind.
         """
-        if self._seen or inside_a_transform():
+        leaves = tr.leaves(vector)
+        if self._seen or inside_a_transform() or any(map(is_batch_of_cotangents, leaves)):
             return True
         self._seen = True
-        finite_before = [*tr.leaves(vector), *tr.leaves(self.gradient)]
-        if not math.isnan(tr.dot(product, product).item()) or not tr.is_finite(finite_before):
+        if not math.isnan(tr.dot(product, product).item()):
+            return True
+        overflown = any(bool(leaf.isinf().any()) for leaf in tr.leaves(product))
+        if overflown or not tr.is_finite([*leaves, *tr.leaves(self.gradient)]):
             return True
         self._change("the second derivative of inner is NaN where its gradient is finite")
         return False
