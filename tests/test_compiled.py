@@ -271,7 +271,7 @@ def test_sparse_gradients_have_no_second_derivative_here_either() -> None:
         rows = nn.functional.embedding(torch.arange(2), W, sparse=True)
         return rows.square().sum() + p * W.square().sum()
 
-    with pytest.raises(hg.DoubleBackwardError, match="sparse=True.*mode='finite-difference'"):
+    with pytest.raises(hg.DoubleBackwardError, match=r"sparse=True.*mode='finite-difference'"):
         hessian(inner, torch.ones(3, 3), torch.tensor(1.0), mode="compiled")
 
 
