@@ -34,6 +34,7 @@ def sketched() -> bl.Implicit:
 
 METHODS: dict[str, Callable[[], Any]] = {
     "CG, preconditioned": sketched,
+    "CG, damped by itself": lambda: bl.Implicit(hg.CG(rtol=1e-2, maxiter=8), on_failure="ignore"),
     "Nyström": lambda: hg.Nystrom(rank=3, rho=1.0, generator=torch.Generator()),
     "unrolled": hg.Unrolled,
     "unrolled, forward": lambda: hg.Unrolled(

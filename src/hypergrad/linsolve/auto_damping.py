@@ -19,9 +19,12 @@ _RAISES = {Status.NEGATIVE_CURVATURE: 20, Status.BREAKDOWN: 20, Status.DIVERGED:
 # Of the magnitude of the spectrum, beyond what the negative end asks for: it bounds the condition
 # number, and so the products, of a damped solve.
 _MARGIN = 2e-3
-# Without an estimate of the spectrum a damping that was too little grows by the first, and one that
-# was enough shrinks by the second.
+# What was too little without an estimate of the spectrum grows so much; what was enough shrinks at
+# most so much from solve to solve. Slowly: another mini-batch may have the more negative end, a few
+# iterations see too little of it, and each solve that fails is a whole one lost.
 _GROWTH, _DECAY = 4.0, 0.8
+# Of the largest eigenvalue: a solve with so little is as good as a plain one.
+_NEGLIGIBLE = 1e-5
 
 
 def sufficient_damping(smallest: float, largest: float) -> float:
@@ -43,8 +46,8 @@ class AutoDamping:
     other, keeps one and passes it to every call: ``damping=AutoDamping()``. The first solve is a
     plain one. Where a solve fails for too little damping, it is repeated with
     :func:`sufficient_damping`: of the Ritz values that :class:`CG` has seen, or else of a Lanczos
-    estimate. After each damped solve λ falls again as far as the Ritz values allow, and to 0 where
-    the spectrum that was seen is positive and well-conditioned.
+    estimate. After each damped solve λ falls again as far as the Ritz values allow, at most by a
+    fifth, and at last to 0 where the spectrum that was seen is positive and well-conditioned.
 
     Attributes:
         start: λ of the next solve.
@@ -107,13 +110,15 @@ class AutoDamping:
     def _lowered(self, solution: Solution, damping: float) -> float:
         """What the next solve needs, judging by one that went well."""
         ends = _ends(solution, damping)
+        least = _DECAY * damping
         if ends is None:
-            return _DECAY * damping
+            return least
         enough = self._noted(*ends)
         if ends[0] > _MARGIN * ends[1]:
-            return 0.0
+            # All that was seen is positive, and well-conditioned; but a short solve sees little.
+            return 0.0 if least < _NEGLIGIBLE * ends[1] else least
         # Next to the largest number even an estimate overflows.
-        return enough if math.isfinite(enough) else damping
+        return max(enough, least) if math.isfinite(enough) else damping
 
     def _noted(self, smallest: float, largest: float) -> float:
         seen = max(abs(smallest), abs(largest))
