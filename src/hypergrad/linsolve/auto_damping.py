@@ -18,7 +18,7 @@ from hypergrad.tree import Tree
 _RAISES = {Status.NEGATIVE_CURVATURE: 20, Status.BREAKDOWN: 20, Status.DIVERGED: 2}
 # Of the magnitude of the spectrum, beyond what the negative end asks for: it bounds the condition
 # number, and so the products, of a damped solve.
-_MARGIN = 2e-3
+_MARGIN = 1 / 800
 # What was too little without an estimate of the spectrum grows so much; what was enough shrinks at
 # most so much from solve to solve. Slowly: another mini-batch may have the more negative end, a few
 # iterations see too little of it, and each solve that fails is a whole one lost.
@@ -28,7 +28,7 @@ _NEGLIGIBLE = 1e-5
 
 
 def sufficient_damping(smallest: float, largest: float) -> float:
-    """``2 max(−λ_min, 0) + 0.002 max|λ|``, from estimates of both ends of a spectrum.
+    """``2 max(−λ_min, 0) + max|λ| / 800``, from estimates of both ends of a spectrum.
 
     A direction of curvature ``λ_min < 0`` is then divided by a little more than ``|λ_min|``: its
     share of the solution is as large as that of a direction of the same curvature upwards.
