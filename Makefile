@@ -79,9 +79,10 @@ $(REAL)/.installed: pyproject.toml constraints.txt tests/real/requirements.txt
 test-real: $(REAL)/.installed ## Run the tests against transformers, peft, timm, lightning and others
 	$(REAL)/bin/python -m pytest -n auto tests/real
 
-lint: $(STAMP) ## Check style and format
+lint: $(STAMP) ## Check style, format and which room imports which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(STAMP) ## Mend style and format
 	$(BIN)/ruff check --fix

@@ -12,7 +12,7 @@ from torch.func import grad, jvp
 import hypergrad as hg
 from benchmarks.timing import median_seconds
 from benchmarks.workloads import Params, Workload
-from hypergrad.verification import Verify
+from hypergrad.verification.verification import Verify
 
 MODES: tuple[hg.operators.Mode, ...] = ("reverse", "forward", "finite-difference")
 CG_ITERATIONS = 20

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import hypergrad as hg
 from benchmarks.timing import machine, median_seconds, one_thread
-from hypergrad.minibatch import bind
+from hypergrad.minibatches import bind
 
 Params: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = tuple[Tensor, Tensor]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import hypergrad as hg
 from benchmarks.bilevel_problems import BATCHES, Batch, BilevelProblem, Loss
 from hypergrad.bilevel import DARTS, T1T2, AmIGO, StocBiO
-from hypergrad.bilevel.choices import Method
+from hypergrad.bilevel.methods.choices import Method
 from hypergrad.single_loop import BOME, F2SA, MEHA, SABA, SOBA, VPBGD
 
 

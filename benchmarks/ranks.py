@@ -23,7 +23,7 @@ from torch import Tensor
 import hypergrad as hg
 from benchmarks.loop import Params, inner, loss, task
 from benchmarks.timing import machine, one_thread
-from hypergrad import placement
+from hypergrad import _sharding as sharding
 
 GOAL = 1.02
 REPEATS = 300
@@ -100,7 +100,7 @@ def measure(repeats: int, quick: bool = False) -> RankCost:
 
 @contextmanager
 def _bare() -> Iterator[None]:
-    """The functions of ``placement`` as they would be if there were no sharded tensors."""
+    """The functions of ``_sharding`` as they would be if there were no sharded tensors."""
 
     def same(value: Any, *_: Any, **__: Any) -> Any:
         return value
@@ -117,7 +117,7 @@ def _bare() -> Iterator[None]:
     }  # fmt: skip
     with ExitStack() as stack:
         for name, function in functions.items():
-            stack.enter_context(mock.patch.object(placement, name, function))
+            stack.enter_context(mock.patch.object(sharding, name, function))
         yield
 
 

@@ -16,7 +16,7 @@ import hypergrad as hg
 from benchmarks.memory import can_be_measured
 from benchmarks.processes import unroll_memory
 from benchmarks.timing import median_seconds
-from hypergrad.unroll import Memory
+from hypergrad.unrolling.unroll import Memory
 
 Params = dict[str, Tensor]
 

@@ -27,7 +27,7 @@ from loops import TRAIN, ridge_solver
 from torch import Tensor
 
 import hypergrad as hg
-from hypergrad.bilevel import files
+from hypergrad.bilevel.checkpoints import files
 
 MARK = b"hypergrad sha256 "
 

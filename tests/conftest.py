@@ -23,7 +23,9 @@ def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     But for the tests that are marked as being about the compiler.
     """
     if "compiler" not in request.keywords:
-        monkeypatch.setattr("hypergrad.operators.program._compiled", lambda graph, inputs: graph)
+        monkeypatch.setattr(
+            "hypergrad.operators.compiled.program._compiled", lambda graph, inputs: graph
+        )
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad as hg
+from hypergrad import _sharding as pl
 from hypergrad import block as bl
-from hypergrad import placement as pl
 from hypergrad import tree as tr
 from hypergrad.distributed import DataParallel
 from hypergrad.operators.base import WrappedOperator

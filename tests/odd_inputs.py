@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad as hg
-from hypergrad.private import inside_a_transform
+from hypergrad._private import inside_a_transform
 
 Pair = namedtuple("Pair", ["first", "second"])
 

@@ -19,8 +19,8 @@ from loops import ridge_solver
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
-from hypergrad.bilevel import files
-from hypergrad.bilevel.store import checkpoints
+from hypergrad.bilevel.checkpoints import files
+from hypergrad.bilevel.checkpoints.store import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 LONG = pytest.mark.long

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
-from hypergrad.bilevel.store import checkpoints
+from hypergrad.bilevel.checkpoints.store import checkpoints
 
 SINGLE = hg.single_loop.SOBA()
 

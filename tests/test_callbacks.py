@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
-from hypergrad.bilevel.store import checkpoints
+from hypergrad.bilevel.checkpoints.store import checkpoints
 
 
 def test_callbacks_are_called_in_their_order() -> None:

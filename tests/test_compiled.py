@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import hypergrad as hg
-from hypergrad.operators import hessian, program
+from hypergrad.operators import hessian
+from hypergrad.operators.compiled import program
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 W = torch.linspace(-1.0, 1.0, 4, dtype=torch.float64)
@@ -195,7 +196,7 @@ def test_a_compiled_objective_and_other_threads_will_do() -> None:
 def test_argmin_and_sharded_parameters_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="mode must not be 'compiled' for argmin"):
         hg.argmin(loss, mode="compiled")
-    monkeypatch.setattr("hypergrad.placement.any_distributed", lambda values: True)
+    monkeypatch.setattr("hypergrad._sharding.any_distributed", lambda values: True)
     with pytest.raises(ValueError, match="mode must not be 'compiled' for DTensors"):
         hessian(loss, W, P, mode="compiled")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,26 @@ def test_a_missing_package_is_named_with_the_extra_that_installs_it(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"pip install 'hypergrad\[{extra}\]'"):
         eval(call, {"hg": hg, "solver": ridge_solver(outer_steps=1)})
+
+
+def test_a_newcomer_finds_what_contributing_names() -> None:
+    """Each row of its tables names files and folders that exist."""
+
+    tables = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Add a linear solver")[0]
+    )
+    rows = [line for line in tables.splitlines() if line.startswith("| ") and "`" in line]
+    names = [name for row in rows for name in re.findall(r"`([a-z_]+/?[a-z_/]*(?:\.py|/))`", row)]
+    assert len(names) >= 40
+    missing = [name for name in names if not (ROOT / "src" / "hypergrad" / name).exists()]
+    assert not missing
+
+
+def test_no_name_of_a_package_hides_one_of_its_modules() -> None:
+    """``import hypergrad.operators.hessian`` would give a function if there were such a module."""
+    packages = [hg, *(getattr(hg, name) for name in ("bilevel", "linsolve", "operators"))]
+    packages += [hg.optimizers, hg.single_loop, hg.distributed]
+    for package in packages:
+        for _, name, _ in pkgutil.iter_modules(package.__path__):
+            found = getattr(package, name, None)
+            assert found is None or isinstance(found, types.ModuleType), name

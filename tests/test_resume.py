@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
-from hypergrad.bilevel import files
-from hypergrad.bilevel.store import checkpoints
+from hypergrad.bilevel.checkpoints import files
+from hypergrad.bilevel.checkpoints.store import checkpoints
 
 
 def sketched() -> bl.Implicit:
@@ -295,7 +295,7 @@ def test_a_full_disk_costs_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
 import resource, warnings
 from loops import ridge_solver
 from hypergrad import bilevel as bl
-from hypergrad.bilevel.store import checkpoints
+from hypergrad.bilevel.checkpoints.store import checkpoints
 from pathlib import Path
 folder = Path({str(tmp_path)!r})
 solver = ridge_solver(outer_steps=5, callbacks=[bl.Checkpoint(folder)])

@@ -17,7 +17,7 @@ import hypergrad as hg
 from hypergrad import tree as tr
 from hypergrad.block import from_flat, to_flat
 from hypergrad.single_loop import BOME, F2SA, MEHA, SABA, SOBA, VPBGD, LoopState, SingleLoop
-from hypergrad.single_loop.saga import Table
+from hypergrad.single_loop.saba import Table
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from hypergrad.bilevel.stream import Stream, to_device
+from hypergrad.bilevel.batches import Stream, to_device
 from hypergrad.errors import CheckpointError, LoaderError
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import hypergrad as hg
 from hypergrad import Verdict
-from hypergrad.fingerprint import Memory, fingerprint
-from hypergrad.verification import report_verification
+from hypergrad.verification.fingerprint import Memory, fingerprint
+from hypergrad.verification.verification import report_verification
 
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

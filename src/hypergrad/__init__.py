@@ -2,13 +2,9 @@
 
 from hypergrad import bilevel, distributed, linsolve, operators, optimizers, single_loop
 from hypergrad.__about__ import __version__ as __version__
-from hypergrad.accumulate import accumulate_grad
-from hypergrad.argmin import argmin, fixed_point, root
 from hypergrad.bilevel import BilevelSolver, plot
-from hypergrad.certificate import ErrorBound
-from hypergrad.comparison import Verdict
-from hypergrad.conditions import WarmStart
-from hypergrad.diagnosis import check
+from hypergrad.diagnosis.check import check
+from hypergrad.diagnosis.report import Finding, Report, UnrolledReport
 from hypergrad.errors import (
     CheckpointError,
     CheckpointWarning,
@@ -24,7 +20,9 @@ from hypergrad.errors import (
     VerificationError,
     VerificationWarning,
 )
-from hypergrad.implicit import Hypergradient, hypergradient
+from hypergrad.implicit.accumulate import accumulate_grad
+from hypergrad.implicit.error_bound import ErrorBound
+from hypergrad.implicit.hypergradient import Hypergradient, hypergradient
 from hypergrad.linsolve import (
     CG,
     GMRES,
@@ -49,11 +47,13 @@ from hypergrad.linsolve import (
     Status,
     StochasticNeumann,
 )
-from hypergrad.minibatch import Averaged, Sampled
-from hypergrad.report import Finding, Report, UnrolledReport
-from hypergrad.unroll import unroll
-from hypergrad.unrolled import Unrolled, UnrolledHypergradient
-from hypergrad.verification import Verification
+from hypergrad.minibatches import Averaged, Sampled
+from hypergrad.solutions.conditions import WarmStart
+from hypergrad.solutions.decorators import argmin, fixed_point, root
+from hypergrad.unrolling.hypergradient import Unrolled, UnrolledHypergradient
+from hypergrad.unrolling.unroll import unroll
+from hypergrad.verification.differences import Verdict
+from hypergrad.verification.verification import Verification
 
 __all__ = [
     "CG",

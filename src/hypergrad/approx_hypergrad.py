@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad import differentiable
 from hypergrad import tree as tr
-from hypergrad.implicit import hypergradient, report_failure
+from hypergrad._private import inside_a_transform
+from hypergrad.implicit.hypergradient import hypergradient, report_failure
 from hypergrad.linsolve import CG, Identity, LinearSolver, Neumann, Nystrom, Status
-from hypergrad.private import inside_a_transform
+from hypergrad.solutions import differentiable
 from hypergrad.utils import Objective, Params
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 from hypergrad import tree as tr
 from hypergrad.tree import Tree
 

@@ -5,8 +5,11 @@ New code that needs no loop calls :func:`hypergrad.hypergradient`.
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import logging
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hypergrad.accumulate import add_to_grad
-from hypergrad.checks import check_count
-from hypergrad.minibatch import round_and_round
-from hypergrad.recorder import ForwardOutput, Recorder
+from hypergrad._checks import check_count
+from hypergrad.implicit.accumulate import add_to_grad
+from hypergrad.minibatches import round_and_round
 from hypergrad.utils import Params
 
 __all__ = ["BaseImplicitSolver", "BaseSolver", "ForwardOutput", "Recorder"]
@@ -281,3 +283,39 @@ def _on(device: torch.device, batch: Any) -> Any:
     if isinstance(batch, (list, tuple)):
         return [_on(device, part) if isinstance(part, Tensor) else part for part in batch]
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
+
+
+@dataclasses.dataclass
+class ForwardOutput:
+    """What ``inner_forward`` and ``outer_forward`` may return: a loss, and what came with it."""
+
+    loss: Tensor
+    output: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.loss, self.output))
+
+
+class Recorder:
+    """Values by name: means since the last :meth:`flush`, and everything in :attr:`archive`."""
+
+    def __init__(self) -> None:
+        self._since_flush: dict[str, list[float]] = collections.defaultdict(list)
+        self._archive: dict[str, list[float]] = collections.defaultdict(list)
+
+    def add(self, name: str, value: float | Tensor) -> None:
+        """Record one value, a number or a tensor of one element."""
+        number = value.item() if isinstance(value, Tensor) else float(value)
+        self._since_flush[name].append(number)
+        self._archive[name].append(number)
+
+    def flush(self) -> dict[str, float]:
+        """The mean of each name since the last flush."""
+        means = {name: statistics.fmean(values) for name, values in self._since_flush.items()}
+        self._since_flush.clear()
+        return means
+
+    @property
+    def archive(self) -> dict[str, list[float]]:
+        """Every value of each name, as a copy."""
+        return copy.deepcopy(self._archive)

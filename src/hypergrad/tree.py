@@ -2,7 +2,7 @@
 
 A *tree* is any nesting of tuples, lists, dicts and the like whose leaves are floating-point
 tensors. Every operation works leaf by leaf, never on one flat copy, so that mixed-device trees work
-unchanged, and on this rank's part of a sharded leaf (:mod:`hypergrad.placement`). Only ``add_`` and
+unchanged, and on this rank's part of a sharded leaf (:mod:`hypergrad._sharding`). Only ``add_`` and
 ``scale_`` change a tensor in place, for vectors that a solver made itself.
 """
 
@@ -17,7 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 
 Tree: TypeAlias = Any
 """A nesting of containers whose leaves are tensors; the word for θ, φ and every vector."""

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hypergrad.differentiable import hessian_at
 from hypergrad.operators import Mode
+from hypergrad.solutions.differentiable import hessian_at
 
 Params: TypeAlias = tuple[Tensor, ...]
 """Parameters as 0.0.1 takes them."""

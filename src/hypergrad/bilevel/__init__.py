@@ -13,8 +13,9 @@ from hypergrad.bilevel.callbacks import (
     TensorBoard,
     Timer,
 )
-from hypergrad.bilevel.choices import InnerOptimizer, Method
-from hypergrad.bilevel.estimators import (
+from hypergrad.bilevel.history import History, Record
+from hypergrad.bilevel.methods.choices import InnerOptimizer, Method
+from hypergrad.bilevel.methods.estimators import (
     DARTS,
     T1T2,
     AmIGO,
@@ -23,9 +24,8 @@ from hypergrad.bilevel.estimators import (
     Implicit,
     StocBiO,
 )
-from hypergrad.bilevel.history import History, Record
-from hypergrad.bilevel.levels import Levels
-from hypergrad.bilevel.plot import plot
+from hypergrad.bilevel.plotting import plot
+from hypergrad.bilevel.problem import Levels
 from hypergrad.bilevel.solver import BilevelSolver
 
 __all__ = [

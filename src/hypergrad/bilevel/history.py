@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from hypergrad.comparison import Verdict
+from hypergrad._saving import check_form, check_keys
 from hypergrad.errors import missing_extra
 from hypergrad.linsolve import Status
-from hypergrad.packing import check_form, check_keys
+from hypergrad.verification.differences import Verdict
 
 Value: TypeAlias = float | str | None
 """An entry of the table: a number, the name of a status, or nothing."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import statistics
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 from hypergrad import tree as tr
-from hypergrad.bilevel.estimators import Estimate
+from hypergrad._saving import check_form, check_keys
+from hypergrad.bilevel.batches import Stream
 from hypergrad.bilevel.history import Record
-from hypergrad.bilevel.levels import Levels
-from hypergrad.bilevel.outer import OuterStep
-from hypergrad.bilevel.procedures import Procedure
-from hypergrad.bilevel.snapshot import (
+from hypergrad.bilevel.methods.estimators import Estimate
+from hypergrad.bilevel.methods.procedures import Procedure
+from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.random_state import (
     check_method_state,
     check_random_states,
     method_parts,
@@ -24,14 +29,12 @@ from hypergrad.bilevel.snapshot import (
     set_method_state,
     set_random_states,
 )
-from hypergrad.bilevel.stream import Stream
-from hypergrad.bilevel.training import naming
+from hypergrad.bilevel.steps import OuterStep, naming
 from hypergrad.bilevel.variables import Variables
-from hypergrad.dependence import told_by_the_caller
 from hypergrad.errors import HypergradWarning, NonFiniteError
-from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
-from hypergrad.verification import Verify
+from hypergrad.verification.dependence import told_by_the_caller
+from hypergrad.verification.verification import Verify
 
 Restart: TypeAlias = Literal["initial"] | Callable[[], Tree | None] | None
 """Where the inner problem starts in each outer step; ``None``: where the last one ended."""
@@ -248,3 +251,37 @@ class Loop:
                 HypergradWarning,
                 stacklevel=4,
             )
+
+
+@contextmanager
+def interrupts(wish: Callable[[], None]) -> Iterator[None]:
+    """Call ``wish`` at the first SIGINT inside; a second one raises ``KeyboardInterrupt``.
+
+    Outside the main thread, or where the program has a handler of its own, nothing is changed.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or handler is not signal.default_int_handler
+    ):
+        yield
+        return
+    owner = os.getpid()
+    wished = False
+
+    def first(number: int, frame: Any) -> None:
+        nonlocal wished
+        # The terminal sends the signal to the workers of a loader as well, which inherit this
+        # handler: they must serve the step to its end.
+        if os.getpid() != owner:
+            return
+        if wished:
+            signal.default_int_handler(number, frame)
+        wished = True
+        wish()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

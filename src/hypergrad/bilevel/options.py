@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from hypergrad._checks import check_count, check_number, check_objective, given
+from hypergrad._private import inside_a_transform
 from hypergrad.bilevel.callbacks import Callback
-from hypergrad.checks import check_count, check_number, check_objective, given
-from hypergrad.private import inside_a_transform
 
 
 def check_options(

@@ -10,28 +10,27 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from hypergrad._checks import check_choice, check_count
+from hypergrad._saving import check_form, check_keys
+from hypergrad.bilevel.batches import Stream
 from hypergrad.bilevel.callbacks import Callback
-from hypergrad.bilevel.choices import InnerOptimizer, Method, check_scheduler, procedure
+from hypergrad.bilevel.checkpoints.store import Store
 from hypergrad.bilevel.history import History, Record
-from hypergrad.bilevel.interrupts import interrupts
-from hypergrad.bilevel.levels import Levels, LoopObjective, Measured
-from hypergrad.bilevel.loop import Loop, Restart
+from hypergrad.bilevel.loop import Loop, Restart, interrupts
+from hypergrad.bilevel.methods.choices import InnerOptimizer, Method, check_scheduler, procedure
 from hypergrad.bilevel.optimizer_state import signature
 from hypergrad.bilevel.options import check_options
-from hypergrad.bilevel.outer import OuterStep
+from hypergrad.bilevel.problem import Levels, LoopObjective, Measured
 from hypergrad.bilevel.rise import Rise
-from hypergrad.bilevel.store import Store
-from hypergrad.bilevel.stream import Stream
+from hypergrad.bilevel.steps import OuterStep
 from hypergrad.bilevel.variables import Variables
-from hypergrad.checks import check_choice, check_count
 from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError
 from hypergrad.linsolve import CG
 from hypergrad.optimizers import Optimizer
 from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
-from hypergrad.packing import check_form, check_keys
 from hypergrad.tree import Tree
-from hypergrad.verification import Verify
+from hypergrad.verification.verification import Verify
 
 
 class BilevelSolver:

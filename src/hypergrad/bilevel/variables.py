@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_structure, check_tree, given
-from hypergrad.packing import check_form
+from hypergrad._checks import check_structure, check_tree, given
+from hypergrad._saving import check_form
 from hypergrad.tree import Tree
 
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 from hypergrad import tree as tr
+from hypergrad._private import inside_a_transform
+from hypergrad.autodiff.isolation import RandomState, own_parameters_refused
 from hypergrad.distributed.ranks import Ranks, fingerprint
 from hypergrad.errors import DistributedError
-from hypergrad.isolation import RandomState, own_parameters_refused
-from hypergrad.private import inside_a_transform
 from hypergrad.tree import Tree
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 from hypergrad.distributed.packed import Shards, summed
 from hypergrad.distributed.ranks import Ranks
 

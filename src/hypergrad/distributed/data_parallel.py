@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_number, check_objective
+from hypergrad._checks import check_number, check_objective
+from hypergrad.autodiff.isolation import RandomState
 from hypergrad.distributed.call import Call
 from hypergrad.distributed.collectives import Exchange, spread
 from hypergrad.distributed.ranks import ranks_of
 from hypergrad.distributed.streamed import OwnPart, SharedHessian, shared_value_and_gradients
-from hypergrad.isolation import RandomState
-from hypergrad.minibatch import Averaged, Shared
+from hypergrad.minibatches import Averaged
 from hypergrad.operators import Hessian
+from hypergrad.operators.gradients import Shared
 from hypergrad.tree import Tree
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
+from hypergrad._private import as_batch, is_batch_of_cotangents, whole_batch
 from hypergrad.distributed.ranks import Ranks
-from hypergrad.private import as_batch, is_batch_of_cotangents, whole_batch
 
 
 def summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:

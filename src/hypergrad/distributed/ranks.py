@@ -1,9 +1,9 @@
-"""The ranks of a process group, and how they come to know that one of them failed."""
+"""The ranks of a process group, how they learn that one of them failed, and tasks over them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hypergrad._checks import check_objective
 from hypergrad.errors import DistributedError
 
 Result = TypeVar("Result")
@@ -109,3 +110,34 @@ def mean_of_all(numbers: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
     every = ranks.gathered(dict(numbers))
     names = dict.fromkeys(name for part in every for name in part)
     return {name: statistics.fmean(p[name] for p in every if name in p) for name in names}
+
+
+Task = TypeVar("Task")
+
+
+def map_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, group: Any = None
+) -> list[Result]:
+    """``[function(task) for task in tasks]``, each on one rank; all results on all ranks.
+
+    Rank r takes the tasks r, r + R, r + 2R, ... one after the other; in ``function`` ranks do not
+    communicate. For whole searches from several starts, cross-validation, evaluation. Losses whose
+    gradients are wanted, such as those of MAML, go into a :class:`DataParallel` objective instead.
+
+    Args:
+        function: of one task; returns something that can be pickled, with tensors on the CPU.
+        tasks: the same on all ranks.
+        group: the process group; ``None`` is the default group.
+
+    Raises:
+        TypeError, ValueError: ``function`` cannot be called, or there is no process group.
+        DistributedError: on all ranks, when all have done what they could: tasks failed on some.
+    """
+    check_objective(function, "function", "(task)")
+    ranks = ranks_of(group)
+
+    def own() -> list[Result]:
+        return [function(task) for task in tasks[ranks.rank :: ranks.size]]
+
+    parts = ranks.gathered(ranks.together(own))
+    return [parts[i % ranks.size][i // ranks.size] for i in range(len(tasks))]

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
+from hypergrad.autodiff.evaluation import Objective, fresh_leaves
+from hypergrad.autodiff.isolation import RandomState
 from hypergrad.distributed.call import Call
 from hypergrad.distributed.collectives import Exchange
 from hypergrad.distributed.ranks import Ranks
-from hypergrad.evaluation import Objective, fresh_leaves
-from hypergrad.isolation import RandomState
-from hypergrad.minibatch import Averaged, value_and_gradients
+from hypergrad.minibatches import Averaged
 from hypergrad.operators.averaged import AveragedHessian
-from hypergrad.operators.hessian import Hessian, Side
+from hypergrad.operators.gradients import value_and_gradients
+from hypergrad.operators.hessians import Hessian, Side
 from hypergrad.tree import Tree
 
 Result = TypeVar("Result")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 from hypergrad import tree as tr
-from hypergrad.checks import check_objective, check_structure
+from hypergrad._checks import check_objective, check_structure
+from hypergrad.autodiff.evaluation import fresh_leaves
+from hypergrad.autodiff.isolation import own_parameters_meant
 from hypergrad.distributed.ranks import ranks_of
-from hypergrad.evaluation import fresh_leaves
-from hypergrad.isolation import own_parameters_meant
 from hypergrad.tree import Tree
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from hypergrad.checks import check_number
-from hypergrad.linsolve.base import LinearSolver
-from hypergrad.linsolve.lanczos import extreme_eigenvalues
-from hypergrad.linsolve.solution import Solution, Status
+from hypergrad._checks import check_number
+from hypergrad.linsolve.base import LinearSolver, Solution, Status
+from hypergrad.linsolve.spectrum import extreme_eigenvalues
 from hypergrad.operators.base import LinearOperator
-from hypergrad.operators.damped import damped
+from hypergrad.operators.simple import damped
 from hypergrad.tree import Tree
 
 # What damping can mend, and how often it is tried: where an iteration diverges since its step is

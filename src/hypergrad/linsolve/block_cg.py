@@ -12,9 +12,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hypergrad import block as bl
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number, check_structure, check_tree
-from hypergrad.linsolve.base import Counted, LinearSolver, Outcome
-from hypergrad.linsolve.solution import Status
+from hypergrad._checks import check_count, check_number, check_structure, check_tree
+from hypergrad.linsolve.base import Counted, LinearSolver, Outcome, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
-from hypergrad.linsolve.lanczos import Tridiagonal
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status, residual_norm
 from hypergrad.linsolve.preconditioner import (
     Preconditioner,
     apply_preconditioner,
@@ -18,7 +17,7 @@ from hypergrad.linsolve.preconditioner import (
     observe,
     prepare,
 )
-from hypergrad.linsolve.solution import Status
+from hypergrad.linsolve.spectrum import Tridiagonal
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

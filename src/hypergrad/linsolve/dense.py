@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hypergrad import block as bl
 from hypergrad import tree as tr
-from hypergrad.checks import check_count
-from hypergrad.linsolve.base import LinearSolver, Outcome
-from hypergrad.linsolve.solution import Status
+from hypergrad._checks import check_count
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

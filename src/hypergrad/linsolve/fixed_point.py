@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome
-from hypergrad.linsolve.solution import Status
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status
 from hypergrad.linsolve.preconditioner import Preconditioner, check_preconditioner, observe, prepare
 from hypergrad.linsolve.refine import Cycle, refine
-from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

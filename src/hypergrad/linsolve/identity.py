@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
-from hypergrad.linsolve.solution import Status
+from hypergrad._checks import check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status, residual_norm
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

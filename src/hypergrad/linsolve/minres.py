@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status, residual_norm
 from hypergrad.linsolve.preconditioner import (
     Preconditioner,
     apply_preconditioner,
@@ -18,7 +18,6 @@ from hypergrad.linsolve.preconditioner import (
     prepare,
 )
 from hypergrad.linsolve.refine import Cycle, refine
-from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status
 from hypergrad.linsolve.refine import Cycle, refine
-from hypergrad.linsolve.solution import Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

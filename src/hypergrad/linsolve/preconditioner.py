@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_choice, check_count, check_number, check_tree, given
-from hypergrad.operators.base import LinearOperator
-from hypergrad.packing import (
+from hypergrad._checks import check_choice, check_count, check_number, check_tree, given
+from hypergrad._saving import (
     check_generator,
     check_generator_state,
     check_keys,
@@ -21,6 +20,7 @@ from hypergrad.packing import (
     generator_state,
     set_generator_state,
 )
+from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
 Refresh: TypeAlias = Literal["auto", "always", "never"]

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypergrad import tree as tr
-from hypergrad.linsolve.base import Outcome
-from hypergrad.linsolve.solution import Status
+from hypergrad.linsolve.base import Outcome, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

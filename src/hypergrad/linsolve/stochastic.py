@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome, residual_norm
-from hypergrad.linsolve.solution import Status
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status, residual_norm
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 

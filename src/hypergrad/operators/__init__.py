@@ -2,16 +2,12 @@
 
 from hypergrad.operators.auto import Mode, hessian
 from hypergrad.operators.base import LinearOperator, SymmetricOperator
-from hypergrad.operators.compiled import CompiledHessian
-from hypergrad.operators.damped import Damped, damped
-from hypergrad.operators.finite_difference import FiniteDifferenceHessian
-from hypergrad.operators.forward import ForwardHessian
+from hypergrad.operators.compiled.hessian import CompiledHessian
 from hypergrad.operators.gauss_newton import EmpiricalFisher, GaussNewton
-from hypergrad.operators.hessian import Hessian
-from hypergrad.operators.jacobian import Jacobian, Root
-from hypergrad.operators.matrix import Matrix
-from hypergrad.operators.reverse import ReverseHessian
-from hypergrad.operators.transposed import Transposed
+from hypergrad.operators.hessians import Hessian
+from hypergrad.operators.jacobians import Jacobian, Root
+from hypergrad.operators.modes import FiniteDifferenceHessian, ForwardHessian, ReverseHessian
+from hypergrad.operators.simple import Damped, Matrix, Transposed, damped
 
 __all__ = [
     "CompiledHessian",

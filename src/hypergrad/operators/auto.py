@@ -10,17 +10,16 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_choice
+from hypergrad._checks import check_choice
+from hypergrad._private import inside_a_transform, is_batch_of_cotangents
+from hypergrad.autodiff.evaluation import Objective
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
-from hypergrad.evaluation import Objective
-from hypergrad.minibatch import Averaged, Sampled, Shared
+from hypergrad.minibatches import Averaged, Sampled
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
-from hypergrad.operators.compiled import CompiledHessian
-from hypergrad.operators.finite_difference import FiniteDifferenceHessian
-from hypergrad.operators.forward import ForwardHessian
-from hypergrad.operators.hessian import Hessian, Side
-from hypergrad.operators.reverse import ReverseHessian
-from hypergrad.private import inside_a_transform, is_batch_of_cotangents
+from hypergrad.operators.compiled.hessian import CompiledHessian
+from hypergrad.operators.gradients import Shared
+from hypergrad.operators.hessians import Hessian, Side
+from hypergrad.operators.modes import FiniteDifferenceHessian, ForwardHessian, ReverseHessian
 from hypergrad.tree import Tree
 
 Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference", "compiled"]

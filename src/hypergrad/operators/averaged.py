@@ -8,9 +8,9 @@ from contextlib import closing
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.isolation import RandomState
-from hypergrad.minibatch import Averaged, Sampled
-from hypergrad.operators.hessian import Hessian, Side
+from hypergrad.autodiff.isolation import RandomState
+from hypergrad.minibatches import Averaged, Sampled
+from hypergrad.operators.hessians import Hessian, Side
 from hypergrad.tree import Tree
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypergrad import block as bl
 from hypergrad import tree as tr
-from hypergrad.checks import check_count, check_structure
+from hypergrad._checks import check_count, check_structure
 from hypergrad.tree import Tree
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_structure
-from hypergrad.evaluation import Objective
+from hypergrad._checks import check_structure
+from hypergrad.autodiff.evaluation import Objective
 from hypergrad.operators.base import SymmetricOperator
-from hypergrad.operators.jacobian import Jacobian
-from hypergrad.operators.reverse import ReverseHessian, default_chunk_size
+from hypergrad.operators.jacobians import Jacobian
+from hypergrad.operators.modes import ReverseHessian, default_chunk_size
 from hypergrad.tree import Tree
 
 

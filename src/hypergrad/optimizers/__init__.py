@@ -15,11 +15,11 @@ from hypergrad.optimizers.base import (
     check_optimizer,
 )
 from hypergrad.optimizers.clipped import Clipped
-from hypergrad.optimizers.from_torch import from_torch
 from hypergrad.optimizers.hyperparameters import Hyperparameter
 from hypergrad.optimizers.legacy import diff_sgd
 from hypergrad.optimizers.rmsprop import RMSprop
 from hypergrad.optimizers.sgd import SGD
+from hypergrad.optimizers.translation import from_torch
 
 __all__ = [
     "SGD",

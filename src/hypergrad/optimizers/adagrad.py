@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad.checks import check_number
+from hypergrad._checks import check_number
 from hypergrad.optimizers.base import Settings, Slot, Uniform
 from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_structure, check_tree, given
+from hypergrad._checks import check_structure, check_tree, given
 from hypergrad.optimizers.hyperparameters import leaf_value
 from hypergrad.tree import Tree
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 from hypergrad import tree as tr
-from hypergrad.checks import check_number
+from hypergrad._checks import check_number
 from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, check_optimizer
 from hypergrad.optimizers.hyperparameters import root, times
 from hypergrad.tree import Tree

@@ -10,9 +10,9 @@ import optree
 import torch
 from torch import Tensor
 
-from hypergrad import placement as pl
+from hypergrad import _sharding as pl
 from hypergrad import tree as tr
-from hypergrad.checks import check_number
+from hypergrad._checks import check_number
 from hypergrad.tree import Tree
 
 Hyperparameter: TypeAlias = Any

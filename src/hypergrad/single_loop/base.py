@@ -1,4 +1,7 @@
-"""The contract of a single loop: one step of θ, of a companion of it, and of φ at a time."""
+"""The contract of a single loop: one step of θ, of a companion of it, and of φ at a time.
+
+The penalty methods share :func:`penalised`, see there.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_like, check_number, check_objective, check_tree
-from hypergrad.evaluation import Objective
-from hypergrad.isolation import isolated_buffers
-from hypergrad.packing import check_form, check_keys, from_leaves
-from hypergrad.single_loop.problem import Problem
+from hypergrad._checks import check_like, check_number, check_objective, check_tree
+from hypergrad._saving import check_form, check_keys, from_leaves
+from hypergrad.autodiff.evaluation import Objective
+from hypergrad.autodiff.isolation import isolated_buffers
+from hypergrad.single_loop.problem import Parts, Problem
 from hypergrad.tree import Tree
 
 
@@ -189,3 +192,32 @@ class SingleLoop(ABC):
             f"packed['memory'] must be None for {type(self).__name__}, which has no memory, got "
             f"{type(packed).__name__}"
         )
+
+
+class PenaltyMethod(SingleLoop):
+    """A single loop from first derivatives only."""
+
+    def first_companion(self, params: Tree) -> Tree:
+        """ω starts where θ does."""
+        return tr.clone(params)
+
+
+def along(
+    params: Tree, hparams: Tree, parts: Parts, omega: Tree, multiplier: float, state: LoopState
+) -> Directions:
+    """The given directions for θ and φ, with the values of ``parts`` and ω for the next step."""
+    return Directions(
+        params=params,
+        hparams=hparams,
+        state=LoopState(state.step + 1, omega),
+        inner_value=parts.inner_value,
+        outer_value=parts.outer_value,
+        multiplier=multiplier,
+    )
+
+
+def penalised(parts: Parts, omega: Tree, penalty: float, state: LoopState) -> Directions:
+    """``∂_φ g + λ ∂_φ q`` for φ; ``∂_θ f + ∂_θ g / λ`` for θ: one step size serves all λ."""
+    params = tr.add(parts.inner, parts.outer, 1.0 / penalty)
+    hparams = tr.add(parts.direct, parts.gap, penalty)
+    return along(params, hparams, parts, omega, penalty, state)

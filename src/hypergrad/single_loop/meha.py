@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_number
-from hypergrad.single_loop.base import Directions, LoopState
-from hypergrad.single_loop.penalty import PenaltyMethod, along
+from hypergrad._checks import check_number
+from hypergrad.single_loop.base import Directions, LoopState, PenaltyMethod, along
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 

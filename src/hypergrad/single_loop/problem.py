@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypergrad import tree as tr
-from hypergrad.evaluation import Objective, fresh_leaves
-from hypergrad.minibatch import value_and_gradients
+from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.operators import Mode, hessian
+from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.tree import Tree
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from hypergrad import tree as tr
-from hypergrad.checks import check_choice
+from hypergrad._checks import check_choice
 from hypergrad.operators import Mode
 from hypergrad.single_loop.base import Directions, LoopState, SingleLoop
 from hypergrad.single_loop.problem import Problem

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypergrad.checks import check_count, check_number
-from hypergrad.single_loop.base import Directions, LoopState
-from hypergrad.single_loop.penalty import PenaltyMethod, penalised
+from hypergrad._checks import check_count, check_number
+from hypergrad.single_loop.base import Directions, LoopState, PenaltyMethod, penalised
 from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad._checks import check_choice
+from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.callbacks.stopping import Direction
 from hypergrad.bilevel.history import Record
-from hypergrad.checks import check_choice
 from hypergrad.errors import HypergradWarning
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
 
 
 class KeepBest(Callback):
@@ -78,11 +75,11 @@ class KeepBest(Callback):
         self._kept: list[Tensor] = []
         self._before: list[Tensor] = []
 
-    def on_start(self, solver: BilevelSolver) -> None:
+    def on_start(self, solver: Solver) -> None:
         """Remember φ as the first step finds it."""
         self._before = _copies(tr.leaves(solver.hparams))
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """Look at the row."""
         now = _copies(tr.leaves(solver.hparams))
         value = record.row().get(self._monitor)
@@ -92,7 +89,7 @@ class KeepBest(Callback):
             self._kept = [*hparams, *_copies(_rest(solver))]
         self._before = now
 
-    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+    def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Put the best back; warn if the column never came."""
         if error is not None or not len(solver.history):
             return
@@ -106,7 +103,7 @@ class KeepBest(Callback):
         elif self._restores:
             self.restore(solver)
 
-    def restore(self, solver: BilevelSolver) -> None:
+    def restore(self, solver: Solver) -> None:
         """Put φ, θ and the buffers of the best step back.
 
         Raises:
@@ -129,7 +126,7 @@ class KeepBest(Callback):
         self._kept = list(state["kept"])
 
 
-def _rest(solver: BilevelSolver) -> list[Tensor]:
+def _rest(solver: Solver) -> list[Tensor]:
     """θ, and the buffers of modules."""
     buffers = [buffer for module in solver.modules for buffer in module.buffers()]
     return [*tr.leaves(solver.params), *buffers]

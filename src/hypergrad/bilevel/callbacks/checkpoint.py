@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from hypergrad.bilevel import files
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad._checks import check_count
+from hypergrad.bilevel.callbacks.base import Callback, Solver
+from hypergrad.bilevel.checkpoints import files
+from hypergrad.bilevel.checkpoints.store import checkpoints, step_of
 from hypergrad.bilevel.history import Record
-from hypergrad.bilevel.store import checkpoints, step_of
-from hypergrad.checks import check_count
 from hypergrad.errors import CheckpointWarning
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
 
 
 class Checkpoint(Callback):
@@ -52,7 +49,7 @@ class Checkpoint(Callback):
         self._overwrite = overwrite
         self._saved: tuple[int, int] | None = None
 
-    def on_start(self, solver: BilevelSolver) -> None:
+    def on_start(self, solver: Solver) -> None:
         """Clear away what a killed process left half written.
 
         Raises:
@@ -72,17 +69,17 @@ class Checkpoint(Callback):
                 "or pass overwrite=True"
             )
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """Save, where it is time to."""
         if record.step % self._every == 0:
             self._save(solver)
 
-    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+    def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Save what was done since the last time."""
         if error is None and (solver.outer_step, solver.inner_step) != self._saved:
             self._save(solver)
 
-    def _save(self, solver: BilevelSolver) -> None:
+    def _save(self, solver: Solver) -> None:
         path = solver.store.path(self._folder, solver.outer_step)
         try:
             solver.save(path)
@@ -96,7 +93,7 @@ class Checkpoint(Callback):
         self._saved = solver.outer_step, solver.inner_step
         self._remove(solver, checkpoints(self._folder)[self._keep :])
 
-    def _remove(self, solver: BilevelSolver, paths: list[Path]) -> None:
+    def _remove(self, solver: Solver, paths: list[Path]) -> None:
         if not solver.is_first_rank:
             return
         for path in paths:

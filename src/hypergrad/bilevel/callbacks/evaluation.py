@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hypergrad import tree as tr
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad._checks import check_count, check_number
+from hypergrad.autodiff.isolation import RandomState, isolated_buffers
+from hypergrad.bilevel.batches import to_device
+from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record
-from hypergrad.bilevel.levels import LoopObjective, Measured
-from hypergrad.bilevel.stream import to_device
-from hypergrad.checks import check_count, check_number
-from hypergrad.isolation import RandomState, isolated_buffers
-from hypergrad.minibatch import check_batches
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
+from hypergrad.bilevel.problem import LoopObjective, Measured
+from hypergrad.minibatches import check_batches
 
 
 class Evaluation(Callback):
@@ -56,7 +53,7 @@ class Evaluation(Callback):
         self._every = every
         self._weight = weight
 
-    def measure(self, solver: BilevelSolver, record: Record) -> Mapping[str, float]:
+    def measure(self, solver: Solver, record: Record) -> Mapping[str, float]:
         """The means, where it is time for them."""
         if record.step % self._every:
             return {}

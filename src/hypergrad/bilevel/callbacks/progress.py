@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record
 from hypergrad.errors import missing_extra
 from hypergrad.linsolve import Status
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
 
 
 class ProgressBar(Callback):
@@ -35,7 +32,7 @@ class ProgressBar(Callback):
         self._options = options
         self._bar: Any = None
 
-    def on_start(self, solver: BilevelSolver) -> None:
+    def on_start(self, solver: Solver) -> None:
         """Draw the bar, from the step where the loop is."""
         self._bar = self._make(
             total=solver.outer_steps,
@@ -43,12 +40,12 @@ class ProgressBar(Callback):
             **{"desc": "outer steps", "dynamic_ncols": True, "bar_format": _FORMAT} | self._options,
         )
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """One step further."""
         self._bar.set_postfix_str(summary(record), refresh=False)
         self._bar.update()
 
-    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+    def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()

@@ -6,16 +6,13 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad._checks import check_choice, check_count, check_number
+from hypergrad._saving import check_form
+from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record
-from hypergrad.checks import check_choice, check_count, check_number
 from hypergrad.errors import HypergradWarning
-from hypergrad.packing import check_form
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
 
 Direction: TypeAlias = Literal["min", "max"]
 
@@ -57,7 +54,7 @@ class EarlyStopping(Callback):
         self.best_step = 0
         self._waited = 0
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """Look at the row."""
         value = record.row().get(self._monitor)
         if value is None:
@@ -73,7 +70,7 @@ class EarlyStopping(Callback):
                 f"{self.best_step}) for {self._patience} steps"
             )
 
-    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+    def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Warn if the column never came."""
         if error is None and self.best_step == 0 and len(solver.history):
             warnings.warn(
@@ -115,16 +112,16 @@ class Timer(Callback):
         self._began = time.perf_counter()
         self.elapsed = 0.0
 
-    def on_start(self, solver: BilevelSolver) -> None:
+    def on_start(self, solver: Solver) -> None:
         """Go on from what was."""
         self._before, self._began = self.elapsed, time.perf_counter()
 
-    def measure(self, solver: BilevelSolver, record: Record) -> Mapping[str, float]:
+    def measure(self, solver: Solver, record: Record) -> Mapping[str, float]:
         """The seconds so far."""
         self.elapsed = self._before + time.perf_counter() - self._began
         return {"elapsed": self.elapsed}
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """Stop where the limit is reached."""
         if self._limit is not None and self.elapsed >= self._limit:
             solver.stop(f"{self.elapsed:.1f} s have passed, of {self._limit:g}")

@@ -12,14 +12,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record, Value
 from hypergrad.errors import CheckpointWarning
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
 
 Row = dict[str, Value]
 
@@ -60,7 +57,7 @@ class TableFile(Callback):
     def render_row(self, row: Row) -> str | None:
         """One more row, or ``None`` if the whole file must be written again for it."""
 
-    def on_start(self, solver: BilevelSolver) -> None:
+    def on_start(self, solver: Solver) -> None:
         """Drop the rows that will be made again.
 
         Raises:
@@ -74,7 +71,7 @@ class TableFile(Callback):
 
         self._try(begin)
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """Write the row."""
 
         def write() -> None:
@@ -87,7 +84,7 @@ class TableFile(Callback):
 
         self._try(write)
 
-    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+    def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Close the file."""
         if self._behind and len(solver.history):
             self._try(lambda: self._rewrite(list(solver.history)))

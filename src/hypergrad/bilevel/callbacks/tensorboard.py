@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from hypergrad.bilevel.callbacks.base import Callback
+from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record
 from hypergrad.errors import missing_extra
-
-if TYPE_CHECKING:
-    from hypergrad.bilevel.solver import BilevelSolver
 
 
 class TensorBoard(Callback):
@@ -40,12 +37,12 @@ class TensorBoard(Callback):
         self._options = options
         self._writer: Any = None
 
-    def on_start(self, solver: BilevelSolver) -> None:
+    def on_start(self, solver: Solver) -> None:
         """Begin a file; what earlier ones hold of steps to come is not shown any more."""
         options = {"purge_step": solver.outer_step + 1} | self._options
         self._writer = self._make(self._folder, **options)
 
-    def on_step(self, solver: BilevelSolver, record: Record) -> None:
+    def on_step(self, solver: Solver, record: Record) -> None:
         """Write the numbers."""
         row = record.row()
         for name in record.hparams:
@@ -55,7 +52,7 @@ class TensorBoard(Callback):
             if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, record.step)
 
-    def on_end(self, solver: BilevelSolver, error: BaseException | None) -> None:
+    def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Close the file."""
         if self._writer is not None:
             self._writer.close()

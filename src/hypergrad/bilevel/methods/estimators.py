@@ -1,0 +1,362 @@
+"""Hypergradients of the classical loop: train θ for some steps, estimate dg/dφ, move φ."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from hypergrad import tree as tr
+from hypergrad._checks import check_choice, check_number, check_objective
+from hypergrad.autodiff.evaluation import filled, fresh_leaves, gradient
+from hypergrad.bilevel.problem import Levels
+from hypergrad.errors import DampingWarning, HypergradWarning, LinearSolveWarning
+from hypergrad.implicit.hypergradient import (
+    Hypergradient,
+    OnFailure,
+    check_solver,
+    hypergradient,
+    of_nothing,
+)
+from hypergrad.linsolve import (
+    CG,
+    Identity,
+    LinearSolver,
+    SGDSolve,
+    Solution,
+    StochasticNeumann,
+)
+from hypergrad.operators import LinearOperator, Mode, hessian
+from hypergrad.operators.gradients import value_and_gradients
+from hypergrad.optimizers import from_torch
+from hypergrad.tree import Tree
+from hypergrad.verification.verification import Verification
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient, and what is known of how it came about.
+
+    Attributes:
+        grads: for φ, in the structure of ``hparams``.
+        outer_value: ``g``.
+        inner_value: ``f`` where the hypergradient was taken, if it was evaluated there.
+        inner_grad_norm: ``‖∂_θ f‖`` there, likewise.
+        solve: the receipt of the linear solve, where there is one.
+        matvecs: products with second derivatives.
+        multiplier: of a penalty method.
+        verification: of the derivatives, if this step verified them.
+        damping: λ of the linear solve.
+    """
+
+    grads: Tree
+    outer_value: float
+    inner_value: float | None = None
+    inner_grad_norm: float | None = None
+    solve: Solution | None = None
+    matvecs: int = 0
+    multiplier: float | None = None
+    verification: Verification | None = None
+    damping: float | None = None
+
+
+class Estimator(ABC):
+    """Estimates ``dg/dφ`` at the θ that the inner optimiser has reached.
+
+    A new one is a frozen dataclass with :meth:`estimate`.
+    """
+
+    @abstractmethod
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """The hypergradient at ``levels.params`` and ``levels.hparams``, neither of them changed.
+
+        Args:
+            levels: the problem; its objectives draw batches.
+            x0: ``solve.x`` of the last estimate, if its solve got anywhere.
+        """
+
+
+@dataclass(frozen=True)
+class Implicit(Estimator):
+    """Implicit differentiation: what a bare linear solver as ``hypergradient=`` stands for.
+
+    Args:
+        solver: any of ``hg`` that takes its operator for one fixed matrix, see
+            :func:`hypergrad.hypergradient` for it and the rest.
+        damping: added to the diagonal of the Hessian. ``"auto"``: 0, or where that is too little,
+            as much as it takes; an outer step starts from what the last one took.
+        curvature: ``curvature(params, hparams, batch)`` returns what to solve with in place of the
+            Hessian, on the one batch that f is evaluated on.
+        mode: how products are computed.
+        on_failure: what a failed solve does; ``"warn"`` warns once for each way to fail, and the
+            history has the status of every step.
+        warm_start: start the solve from the last solution. ``None``: where the solver says that it
+            gains from it (``gains_from_x0``), such as by reaching its tolerance sooner.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    solver: LinearSolver = CG()
+    damping: float | Literal["auto"] = "auto"
+    curvature: Callable[[Tree, Tree, Any], LinearOperator] | None = None
+    mode: Mode = "auto"
+    on_failure: OnFailure = "warn"
+    warm_start: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        if self.solver.needs_fresh_batches:
+            name = "StocBiO" if isinstance(self.solver, StochasticNeumann) else "AmIGO"
+            raise ValueError(
+                f"solver must take its operator for one fixed matrix in a loop, got "
+                f"{type(self.solver).__name__}, which wants a fresh batch for each product; use "
+                f"hg.bilevel.{name}(...), which draws them"
+            )
+        if self.damping != "auto":
+            check_number(self.damping, "damping", at_least=0.0)
+        check_choice(self.mode, "mode", get_args(Mode))
+        check_choice(self.on_failure, "on_failure", get_args(OnFailure))
+        if self.curvature is not None:
+            check_objective(self.curvature, "curvature", "(params, hparams, batch)")
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By :func:`hypergrad.hypergradient`."""
+        warm = self.solver.gains_from_x0 if self.warm_start is None else self.warm_start
+        batches, curvature = levels.draw_inner(), self.curvature
+        result = hypergradient(
+            levels.inner_objective(batches),
+            levels.outer_objective(),
+            levels.params.tree,
+            levels.hparams.tree,
+            solver=self.solver,
+            damping=levels.damping if self.damping == "auto" else self.damping,
+            curvature=None if curvature is None else lambda w, h: curvature(w, h, *batches),
+            mode=self.mode,
+            on_failure="ignore" if self.on_failure == "warn" else self.on_failure,
+            x0=x0 if warm else None,
+            verify=levels.verify,
+        )
+        status = result.solve.status
+        if self.on_failure == "warn" and status.failed:
+            # The same words each time, so that Python's filter shows them once.
+            warnings.warn(
+                f"the linear solve of {type(self.solver).__name__} failed: {status.name}: "
+                f"{status.value}{of_nothing(result.solve)}; history['status'] has every step",
+                LinearSolveWarning,
+                stacklevel=1,
+            )
+        if self.on_failure == "warn" and levels.damping.exceeds(result.damping):
+            warnings.warn(
+                "damping='auto' took more than the largest curvature that was met: θ is far from a "
+                "minimum of the inner objective; make more inner_steps or warmup_steps, or give "
+                "hg.bilevel.Implicit(damping=...) a number; history['damping'] has every step",
+                DampingWarning,
+                stacklevel=1,
+            )
+        return _with_receipt(result)
+
+
+@dataclass(frozen=True)
+class OneStep(Estimator):
+    """What looks one step of gradient descent back or ahead.
+
+    Args:
+        lr: of that step; ``None`` takes the present one of the inner optimiser.
+        mode: how the mixed product is computed.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    lr: float | None = None
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        if self.lr is not None:
+            check_number(self.lr, "lr", above=0.0)
+        check_choice(self.mode, "mode", get_args(Mode))
+
+
+@dataclass(frozen=True)
+class T1T2(OneStep):
+    """The hypergradient of the last inner step: ``∂_φ g − lr (∂_φ F)ᵀ ∂_θ g``.
+
+    Luketina et al. 2016, *Scalable gradient-based tuning of continuous regularization
+    hyperparameters*. One mixed product, no solve; short-sighted: exact only where H is ``I / lr``.
+
+    Args:
+        lr: ``None`` takes the present one of the inner optimiser, as the paper does.
+        mode: how the mixed product is computed.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By a scaled identity in place of the inverse."""
+        # Where a schedule has ended at 0 the last step did not move θ, and only ∂_φ g is left.
+        scale = step_size(self.lr, levels, self) or sys.float_info.min
+        return Implicit(Identity(scale), mode=self.mode).estimate(levels, None)
+
+
+@dataclass(frozen=True)
+class DARTS(OneStep):
+    """One virtual step ahead: ``∂_φ g(θ', φ) + (∂_φ F)ᵀ (∂θ'/∂F)ᵀ ∂_θ g(θ', φ)``.
+
+    ``θ'`` is where the inner optimiser would lead on the gradient ``F(θ, φ)``, with its momentum
+    and weight decay: for gradient descent ``θ − lr F``. Liu et al. 2019, *DARTS:
+    differentiable architecture search*, Equation 7, with the mixed product by central differences
+    of the gradient in φ (Equation 8): first derivatives only. Where the optimiser has no
+    differentiable twin the step is one of gradient descent, and a warning says so.
+
+    Args:
+        lr: of the virtual step; ``None`` takes the present one of the inner optimiser, as the paper
+            does.
+        mode: how the mixed product is computed.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    mode: Mode = "finite-difference"
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By Equations 7 and 8."""
+        inner = hessian(
+            levels.inner_objective(), levels.params.tree, levels.hparams.tree, mode=self.mode
+        )
+        grads = fresh_leaves(inner.gradient)
+        with torch.enable_grad():
+            ahead = self._ahead(levels, grads)
+        leaves = fresh_leaves(ahead), fresh_leaves(levels.hparams.tree)
+        value, cotangent, direct = value_and_gradients(levels.outer_objective(), *leaves, "outer")
+        # For plain gradient descent −lr times the cotangent.
+        vector = filled(gradient(tr.pairing(ahead, cotangent), grads), grads)
+        return Estimate(
+            tr.add(direct, inner.vjp_outer(vector)) if tr.norm(vector) > 0.0 else direct,
+            outer_value=value,
+            inner_value=inner.value,
+            inner_grad_norm=tr.norm(inner.gradient),
+            matvecs=1,
+        )
+
+    def _ahead(self, levels: Levels, grads: Tree) -> Tree:
+        """θ', a function of the gradient."""
+        params = tr.detach(levels.params.tree)
+        try:
+            if levels.inner_optimizer is None:
+                raise TypeError("a loop has an inner optimiser")
+            twin = from_torch(levels.inner_optimizer)
+        except TypeError:
+            warnings.warn(
+                f"DARTS looks ahead by a step of gradient descent, since "
+                f"{type(levels.inner_optimizer).__name__} has no differentiable twin; use "
+                "inner_optimizer=torch.optim.SGD(...) or Adam(...) to look ahead by the step that "
+                "trains",
+                HypergradWarning,
+                stacklevel=1,
+            )
+            return tr.add(params, grads, -step_size(self.lr, levels, self))
+        twin = twin if self.lr is None else twin.with_lr(self.lr)
+        return twin.update(grads, twin.init(levels.params.tree), params)[0]
+
+
+@dataclass(frozen=True)
+class StocBiO(Estimator):
+    """A Neumann series whose every factor is a fresh mini-batch, unbiased for that of their mean.
+
+    Ji, Yang & Liang 2021, *Bilevel optimization: convergence analysis and enhanced design*,
+    Algorithm 2. The inner loop is plain SGD, warm-started.
+
+    Args:
+        terms: Q of the paper; costs ``terms − 1`` products.
+        step: η of the paper; ``None`` is 1/λ_max, estimated anew each time by ten products.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    terms: int = 20
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        StochasticNeumann(self.terms, self.step)
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By :class:`hypergrad.StochasticNeumann`."""
+        return _sampled(levels, StochasticNeumann(self.terms, self.step), None)
+
+
+@dataclass(frozen=True)
+class AmIGO(Estimator):
+    """Stochastic gradient descent on the linear system, a fresh mini-batch a step, warm-started.
+
+    Arbel & Mairal 2022, *Amortized implicit differentiation for stochastic bilevel optimization*,
+    Algorithm 1.
+
+    Args:
+        steps: N of the paper; each costs one product.
+        step: β of the paper; ``None`` is 1/λ_max, estimated anew each time by ten products.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of its range.
+    """
+
+    steps: int = 10
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        SGDSolve(self.steps, self.step)
+
+    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+        """By :class:`hypergrad.SGDSolve`."""
+        # The last iterate: the mean of a few would hold back what the warm start gains.
+        return _sampled(levels, SGDSolve(self.steps, self.step, average=False), x0)
+
+
+def step_size(lr: float | None, levels: Levels, method: object) -> float:
+    """``lr``, or that of the inner optimiser.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if lr is None:
+        lr = levels.inner_lr
+    if lr is None:
+        raise ValueError(
+            f"lr of {type(method).__name__} must be given where inner_optimizer has no one lr"
+        )
+    return lr
+
+
+def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Estimate:
+    result = hypergradient(
+        levels.sampled_inner(),
+        levels.outer_objective(),
+        levels.params.tree,
+        levels.hparams.tree,
+        solver=solver,
+        x0=x0,
+        damping=levels.damping,
+    )
+    return _with_receipt(result)
+
+
+def _with_receipt(result: Hypergradient) -> Estimate:
+    return Estimate(
+        result.grads,
+        outer_value=result.outer_value,
+        inner_value=result.inner_value,
+        inner_grad_norm=result.inner_grad_norm,
+        solve=result.solve,
+        # The mixed product is one more.
+        matvecs=result.solve.matvecs + 1,
+        verification=result.verification,
+        damping=result.damping,
+    )

@@ -1,0 +1,1 @@
+"""Advice before a long run: :func:`hypergrad.check` and its report."""

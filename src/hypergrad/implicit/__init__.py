@@ -1,0 +1,1 @@
+"""Hypergradients by implicit differentiation, and a bound of their error."""

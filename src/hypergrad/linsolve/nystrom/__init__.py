@@ -1,0 +1,1 @@
+"""The Nyström method: sketches of an operator, as a solver and as a preconditioner."""
