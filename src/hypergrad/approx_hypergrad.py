@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad._private import inside_a_transform
-from hypergrad.implicit.hypergradient import hypergradient, report_failure
+from hypergrad.hypergradients import hypergradient
+from hypergrad.linsolve.base import report_failure
 from hypergrad.linsolve import CG, Identity, LinearSolver, Neumann, Nystrom, Status
 from hypergrad.solutions import differentiable
 from hypergrad.utils import Objective, Params
@@ -114,7 +115,7 @@ def _gradients(
     outer = differentiable.with_flat_params(g)
     if inside_a_transform():
         return differentiable.differentiable_hypergradient(f, outer, theta, phi, solver)
-    result = hypergradient(f, outer, theta, phi, solver=solver, on_failure="ignore")
+    result = hypergradient(f, outer, theta, phi, method=solver, on_failure="ignore")
     # A budget that was spent, to the last digit or not, is what the caller asked for.
     if result.solve.status not in (Status.MAX_ITERATIONS, Status.STAGNATED):
         report_failure(solver, result.solve, "warn")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypergrad._checks import check_count
-from hypergrad.implicit.accumulate import add_to_grad
+from hypergrad.accumulate import add_to_grad
 from hypergrad.minibatches import round_and_round
 from hypergrad.utils import Params
 

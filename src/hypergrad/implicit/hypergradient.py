@@ -8,10 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args, overload
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad._checks import (
@@ -20,218 +19,97 @@ from hypergrad._checks import (
     check_number,
     check_objective,
     check_structure,
-    check_tree,
-    given,
 )
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.autodiff.isolation import isolated_buffers
-from hypergrad.errors import DampingWarning, LinearSolveWarning
-from hypergrad.implicit.error_bound import ErrorBound, Source, error_bound
-from hypergrad.linsolve import (
-    CG,
-    AutoDamping,
-    LinearSolveError,
-    LinearSolver,
-    Solution,
-    extreme_eigenvalues,
-)
-from hypergrad.linsolve.base import residual_norm
+from hypergrad.errors import DampingWarning
+from hypergrad.linsolve import CG, AutoDamping, LinearSolver, extreme_eigenvalues
+from hypergrad.linsolve.base import OnFailure, check_solver, report_failure, residual_norm
 from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
 from hypergrad.operators.gradients import value_and_gradients
+from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
-from hypergrad.unrolling.hypergradient import (
-    Unrolled,
-    UnrolledHypergradient,
-    check_unrolled,
-    unrolled_hypergradient,
-)
 from hypergrad.verification.dependence import warn_of_unused
 from hypergrad.verification.differences import verifying
+from hypergrad.verification.error_bound import ErrorBound, Source, error_bound
 from hypergrad.verification.moving_buffers import warn_of_statistics
 from hypergrad.verification.verification import (
     Course,
-    Verification,
     Verify,
     report_verification,
     verify_derivatives,
 )
 
-OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
-
 
 @dataclass(frozen=True)
-class Hypergradient:
-    """A hypergradient and its receipt.
-
-    Attributes:
-        grads: ``dg/dφ``, in the structure of ``hparams``.
-        solve: the receipt of the linear solve; ``solve.x`` is v, a warm start for the next one.
-        inner_grad_norm: ``‖∇_θ f(θ, φ)‖₂``. The theorem asks for 0: what is left of it is an error
-            of the hypergradient that no linear solver sees.
-        inner_value: ``f(θ, φ)``.
-        outer_value: ``g(θ, φ)``.
-        damping: λ, as given or as chosen by ``damping="auto"``.
-        error_bound: a bound on the error of ``grads``, if ``mu`` was given.
-        verification: whether the derivatives of f and g agree with differences; ``None`` if this
-            call did not verify.
-    """
-
-    grads: Tree
-    solve: Solution
-    inner_grad_norm: float
-    inner_value: float
-    outer_value: float
-    damping: float = 0.0
-    error_bound: ErrorBound | None = None
-    verification: Verification | None = None
-
-
-@overload
-def hypergradient(
-    inner: Objective,
-    outer: Objective,
-    params: Tree,
-    hparams: Tree,
-    *,
-    solver: LinearSolver = CG(),
-    damping: float | Literal["auto"] | AutoDamping = "auto",
-    curvature: Callable[[Tree, Tree], LinearOperator] | None = None,
-    mu: float | Literal["auto"] | None = None,
-    x0: Tree | None = None,
-    on_failure: OnFailure = "warn",
-    mode: Mode = "auto",
-    verify: Verify = "once",
-    method: None = None,
-) -> Hypergradient: ...
-
-
-@overload
-def hypergradient(
-    inner: Callable[..., Tensor],
-    outer: Objective,
-    params: Tree,
-    hparams: Tree,
-    *,
-    verify: Verify = "once",
-    method: Unrolled,
-) -> UnrolledHypergradient: ...
-
-
-def hypergradient(
-    inner: Objective,
-    outer: Objective,
-    params: Tree,
-    hparams: Tree,
-    *,
-    solver: LinearSolver = CG(),
-    damping: float | Literal["auto"] | AutoDamping = "auto",
-    curvature: Callable[[Tree, Tree], LinearOperator] | None = None,
-    mu: float | Literal["auto"] | None = None,
-    x0: Tree | None = None,
-    on_failure: OnFailure = "warn",
-    mode: Mode = "auto",
-    verify: Verify = "once",
-    method: Unrolled | None = None,
-) -> Hypergradient | UnrolledHypergradient:
-    """``dg/dφ`` at a minimiser θ of the inner objective, by implicit differentiation.
+class Implicit:
+    """``dg/dφ`` by the implicit function theorem, at a minimiser θ of the inner objective.
 
         dg/dφ = ∂_φ g − (∂_φ F)ᵀ v,   (H + damping · I) v = ∂_θ g,   F = ∇_θ f,   H = ∂²f/∂θ²
 
-    The inner gradient is evaluated and linearised once, the outer one once; the solver's products
-    and the mixed product follow. Nothing of the caller's is changed: no ``.grad``, no
-    ``requires_grad``, no module buffer, no random state (but for a solver that draws from PyTorch's
-    default generator because it was given none). Graphs that ``params`` or ``hparams`` carry are
-    ignored. Both objectives start from the current random state, so dropout masks are fixed for the
-    whole call. With half-precision parameters the solver's vectors and inner products are float32;
-    the products are computed in the precision of the model.
+    A linear solver alone, as ``method=``, stands for ``Implicit(solver)``.
 
     Args:
-        inner: ``f(params, hparams)``, a scalar; the same trees as given here, as new leaf tensors.
-            Over mini-batches: :class:`Averaged` or :class:`Sampled`.
-        outer: ``g(params, hparams)``, a scalar; likewise.
-        params: θ, a tree of floating-point tensors, such as ``dict(model.named_parameters())``.
-        hparams: φ, likewise.
         solver: how to solve for v.
         damping: λ ≥ 0, added to the diagonal of H. ``"auto"``: 0, or where the solver meets
-            negative or no curvature, as much as it takes; the receipt says how much. An
+            negative or no curvature, as much as it takes; the receipt says how much, and a loop
+            starts each outer step from what the last one took. An
             :class:`hypergrad.linsolve.AutoDamping` that is given again to the next call goes on
             from there.
-        curvature: ``curvature(params, hparams)`` returns the symmetric operator to solve with in
-            place of H, such as :class:`hypergrad.operators.GaussNewton`. The mixed product stays
-            exact.
+        curvature: a function of what ``inner`` takes, such as ``curvature(params, hparams)``, that
+            returns the symmetric operator to solve with in place of H, such as
+            :class:`hypergrad.operators.GaussNewton`. The mixed product stays exact.
+        mode: how Hessian products are computed, see :func:`hypergrad.operators.hessian`.
         mu: μ, a number > 0 that no eigenvalue of H lies below, for an :class:`ErrorBound` of the
             answer; costs some ten to a hundred products more. ``"auto"`` takes what the operator
             knows (such as the damping of a positive semi-definite one) or else a Lanczos estimate,
             and says which. For an :class:`Averaged` objective it holds all batches in memory.
             ``None``: no bound.
-        x0: where the solver starts, such as ``solve.x`` of the last outer step.
-        on_failure: what a failed solve or verification does: ``"warn"``, ``"raise"`` or
-            ``"ignore"``. The answer from its best iterate is returned in the first and the last
-            case. The last one is also silent about outer parameters that neither objective uses.
-        mode: how Hessian products are computed, see :func:`hypergrad.operators.hessian`.
-        verify: whether to compare the derivatives with differences along the solution, see
-            :class:`Verification`: ``"once"`` for each pair of objectives and each kind of
-            ``params`` and ``hparams`` in a process, ``"always"`` or ``"never"``. It costs two
-            gradients and two values. Where only second derivatives are wrong, ``mode="auto"`` goes
-            on with finite differences and warns once.
-        method: :class:`Unrolled`, for the hypergradient through the steps of an optimiser instead;
-            ``params`` is then where it starts, and only ``verify`` of the other options applies.
-
-    Returns:
-        The gradients in the structure and dtypes of ``hparams`` (zero for an outer parameter that
-        neither objective uses) and the receipt; with ``method`` an :class:`UnrolledHypergradient`.
+        warm_start: in a loop, whether to start each solve from the last solution. ``None``: where
+            the solver says that it gains from it (``gains_from_x0``).
 
     Raises:
-        TypeError: an argument is of the wrong kind, or a leaf is no floating-point tensor.
-        ValueError: an argument is out of its range, a tree is empty or does not match, or an
-            objective is not a finite scalar that depends on ``params``.
-        LinearSolveError: the solve failed and ``on_failure="raise"``.
-        VerificationError: a derivative is wrong and ``on_failure="raise"``.
-        DoubleBackwardError: ``mode="reverse"`` or ``"compiled"``, and an operation has no second
-            derivative.
-        ForwardModeError: ``mode="forward"``, and an operation has no forward derivative.
-        CompilationError: ``mode="compiled"``, and ``inner`` cannot be compiled.
-
-    Examples:
-        Ridge regression on one number: θ* = 3 / (1 + φ), so dg/dφ = −θ* · 3 / (1 + φ)² = −9/8.
-
-        >>> import torch, hypergrad as hg
-        >>> f = lambda w, c: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2
-        >>> g = lambda w, c: 0.5 * w**2
-        >>> hg.hypergradient(f, g, torch.tensor(1.5), torch.tensor(1.0)).grads
-        tensor(-1.1250)
+        TypeError, ValueError: an option of the wrong kind or out of its range.
 
     References:
         Bengio 2000; Pedregosa 2016 (CG); Lorraine, Vicol & Duvenaud 2020 (Neumann); Hataya &
         Yamada 2023 (Nyström).
     """
-    check_objective(inner, "inner")
-    check_objective(outer, "outer")
-    check_tree(params, "params")
-    check_tree(hparams, "hparams")
-    check_solver(solver)
-    check_choice(verify, "verify", get_args(Verify))
-    if method is not None:
-        check_unrolled(method)
-        implicit_only = (solver, damping, curvature, mu, x0, on_failure, mode)
-        if implicit_only != (CG(), "auto", None, None, None, "warn", "auto"):
-            raise ValueError(
-                "method must come without the options of implicit differentiation (solver, "
-                "damping, curvature, mu, x0, on_failure, mode); give it its own"
-            )
-        return unrolled_hypergradient(method, inner, outer, params, hparams, verify)
-    shift = AutoDamping() if damping == "auto" else damping
-    if not isinstance(shift, AutoDamping):
-        check_number(shift, "damping", at_least=0.0)
-    if curvature is not None:
-        check_objective(curvature, "curvature")
-    if mu is not None and mu != "auto":
-        check_number(mu, "mu", above=0.0)
+
+    solver: LinearSolver = CG()
+    damping: float | Literal["auto"] | AutoDamping = "auto"
+    curvature: Callable[..., LinearOperator] | None = None
+    mode: Mode = "auto"
+    mu: float | Literal["auto"] | None = None
+    warm_start: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        if not (self.damping == "auto" or isinstance(self.damping, AutoDamping)):
+            check_number(self.damping, "damping", at_least=0.0)
+        if self.curvature is not None:
+            check_objective(self.curvature, "curvature")
+        check_choice(self.mode, "mode", get_args(Mode))
+        if self.mu is not None and self.mu != "auto":
+            check_number(self.mu, "mu", above=0.0)
+
+
+def implicit_hypergradient(
+    method: Implicit,
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    *,
+    x0: Tree | None,
+    on_failure: OnFailure,
+    verify: Verify,
+) -> Hypergradient:
+    """``dg/dφ`` by :class:`Implicit`; see :func:`hypergrad.hypergradient` for the arguments."""
     if x0 is not None:
         check_like(x0, params, "x0", "params")
-    check_choice(on_failure, "on_failure", get_args(OnFailure))
-
-    course = Course(verify, mode, inner, outer, params, hparams)
+    shift = AutoDamping() if method.damping == "auto" else method.damping
+    course = Course(verify, method.mode, inner, outer, params, hparams)
     again = True
     start = shift.start if isinstance(shift, AutoDamping) else 0.0
     while again:
@@ -239,10 +117,8 @@ def hypergradient(
             # What products that turned out to be wrong asked for is forgotten.
             shift.start = start
         answer = _answer(
-            inner, outer, params, hparams, solver, shift, curvature, x0, course.mode,
-            # Both products at once would be one more program to compile.
-            verifies=course.verifies, last=mu is None and course.mode != "compiled",
-        )  # fmt: skip
+            method, inner, outer, params, hparams, shift, x0, course.mode, course.verifies
+        )
         found = answer.result.verification
         again = found is not None and course.heard(found)
     result = answer.result
@@ -250,13 +126,13 @@ def hypergradient(
         with verifying():
             warn_of_statistics(inner, outer, params, hparams)
     report_verification(result.verification, mode=course.mode, on_failure=on_failure)
-    report_failure(solver, result.solve, on_failure)
-    if isinstance(shift, AutoDamping) and on_failure != "ignore":
-        _warn_of_excess(shift, result.damping)
+    report_failure(method.solver, result.solve, on_failure)
     if on_failure != "ignore":
+        if isinstance(shift, AutoDamping):
+            _warn_of_excess(shift, answer.damping)
         warn_of_unused(inner, outer, params, hparams, result.grads)
-    if mu is not None:
-        bound = _certify(inner, outer, params, hparams, answer, mu, course.mode)
+    if method.mu is not None:
+        bound = _certify(inner, outer, params, hparams, answer, method.mu, course.mode)
         result = replace(result, error_bound=bound)
     return result
 
@@ -269,23 +145,24 @@ class _Answer:
     exact: Hessian
     operator: LinearOperator
     rhs: Tree
+    damping: float
 
 
 def _answer(
+    method: Implicit,
     inner: Objective,
     outer: Objective,
     params: Tree,
     hparams: Tree,
-    solver: LinearSolver,
     shift: float | AutoDamping,
-    curvature: Callable[[Tree, Tree], LinearOperator] | None,
     x0: Tree | None,
     mode: Mode,
-    *,
     verifies: bool,
-    last: bool,
 ) -> _Answer:
-    """The answer in one mode; ``last`` if no more products are asked for."""
+    """The answer in one mode."""
+    solver, curvature = method.solver, method.curvature
+    # Both products at once would be one more program to compile.
+    last = method.mu is None and mode != "compiled"
     # One isolation for all products: each costs as much as a few kernels.
     with torch.inference_mode(False), torch.no_grad(), isolated_buffers():
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
@@ -322,14 +199,21 @@ def _answer(
             )  # fmt: skip
     grads = tr.subtract(direct, mixed)
     result = Hypergradient(
-        grads, solution, tr.norm(exact.gradient), exact.value, outer_value, damping,
+        grads,
+        outer_value,
+        solution,
+        inner_value=exact.value,
+        inner_grad_norm=tr.norm(exact.gradient),
+        damping=damping,
         verification=verification,
-    )  # fmt: skip
-    return _Answer(result, exact, operator, rhs)
+        # The mixed product is one more.
+        matvecs=solution.matvecs + 1,
+    )
+    return _Answer(result, exact, operator, rhs, damping)
 
 
 def _operator(
-    curvature: Callable[[Tree, Tree], LinearOperator], params: Tree, hparams: Tree
+    curvature: Callable[..., LinearOperator], params: Tree, hparams: Tree
 ) -> LinearOperator:
     operator = curvature(tr.detach(params), tr.detach(hparams))
     if not isinstance(operator, LinearOperator):
@@ -386,27 +270,3 @@ def _warn_of_excess(auto: AutoDamping, damping: float) -> None:
         DampingWarning,
         stacklevel=3,
     )
-
-
-def check_solver(solver: object) -> None:
-    """Raise ``TypeError`` unless ``solver`` is a :class:`LinearSolver`."""
-    if not isinstance(solver, LinearSolver):
-        raise TypeError(f"solver must be a LinearSolver such as hg.CG(), got {given(solver)}")
-
-
-def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailure) -> None:
-    """Warn or raise, as asked, if the solve failed."""
-    if on_failure == "ignore" or not solution.status.failed:
-        return
-    message = f"the linear solve of {type(solver).__name__} failed: {solution}"
-    message += of_nothing(solution)
-    if on_failure == "raise":
-        raise LinearSolveError(message, solution)
-    warnings.warn(message, LinearSolveWarning, stacklevel=3)
-
-
-def of_nothing(solution: Solution) -> str:
-    """What to add to the words of a failed solve whose answer is zero."""
-    if tr.norm(solution.x) > 0.0:
-        return ""
-    return "; nothing was solved, so the hypergradient is ∂g/∂φ alone (v = 0)"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_like
+from hypergrad._checks import check_like, given
+from hypergrad.errors import LinearSolveWarning
 from hypergrad.linsolve.spectrum import Tridiagonal
 from hypergrad.operators.base import LinearOperator, WrappedOperator
 from hypergrad.tree import Tree
@@ -293,3 +295,31 @@ class LinearSolveError(RuntimeError):
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
         self.solution = solution
+
+
+OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
+"""What a failed solve does."""
+
+
+def check_solver(solver: object) -> None:
+    """Raise ``TypeError`` unless ``solver`` is a :class:`LinearSolver`."""
+    if not isinstance(solver, LinearSolver):
+        raise TypeError(f"solver must be a LinearSolver such as hg.CG(), got {given(solver)}")
+
+
+def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailure) -> None:
+    """Warn or raise, as asked, if the solve failed."""
+    if on_failure == "ignore" or not solution.status.failed:
+        return
+    message = f"the linear solve of {type(solver).__name__} failed: {solution}"
+    message += of_nothing(solution)
+    if on_failure == "raise":
+        raise LinearSolveError(message, solution)
+    warnings.warn(message, LinearSolveWarning, stacklevel=3)
+
+
+def of_nothing(solution: Solution) -> str:
+    """What to add to the words of a failed solve whose answer is zero."""
+    if tr.norm(solution.x) > 0.0:
+        return ""
+    return "; nothing was solved, so the hypergradient is ∂g/∂φ alone (v = 0)"

@@ -13,7 +13,7 @@ from torch import Tensor
 from hypergrad import block as bl
 from hypergrad import tree as tr
 from hypergrad.autodiff.partial import Tensors, partial_gradient
-from hypergrad.implicit.hypergradient import OnFailure, report_failure
+from hypergrad.linsolve.base import OnFailure, report_failure
 from hypergrad.linsolve import BlockCG, LinearSolver, Solution
 from hypergrad.operators import Hessian, LinearOperator, Mode, Root, damped, hessian
 

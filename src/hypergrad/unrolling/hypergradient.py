@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad._checks import given
 from hypergrad.autodiff.evaluation import Objective, filled, fresh_leaves, gradient
 from hypergrad.autodiff.isolation import Buffers
 from hypergrad.minibatches import check_batches
+from hypergrad.linsolve.base import OnFailure
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
+from hypergrad.results import Hypergradient, Trajectory
 from hypergrad.tree import Tree
 from hypergrad.unrolling.steps import detached
 from hypergrad.unrolling.unroll import Memory, objectives_of, run
 from hypergrad.verification.moving_buffers import constants, outer_gradients, warn_of_constants
 from hypergrad.verification.verification import (
     Course,
-    Verification,
     Verify,
     verify_on_course,
 )
@@ -30,7 +30,7 @@ from hypergrad.verification.verification import (
 
 @dataclass(frozen=True)
 class Unrolled:
-    """``dg/dφ`` through the steps of an optimiser: the ``method=`` of :func:`hypergradient`.
+    """``dg/dφ`` through the steps of an optimiser: a ``method=`` of :func:`hypergradient`.
 
         dg/dφ = ∂_φ g + (dθ_T/dφ)ᵀ ∂_θ g
 
@@ -80,36 +80,18 @@ class Unrolled:
             check_batches(self.steps, "steps")
 
 
-@dataclass(frozen=True)
-class UnrolledHypergradient:
-    """A hypergradient through an optimiser's steps, and where these ended.
-
-    Attributes:
-        grads: ``dg/dφ``, in the structure of ``hparams``.
-        params: θ_T, detached: where the next inner loop may start.
-        state: of the optimiser there, detached.
-        outer_value: ``g(θ_T, φ)``.
-        verification: whether the derivatives of f and g agree with differences where the steps
-            began; ``None`` if this call did not verify.
-    """
-
-    grads: Tree
-    params: Tree
-    state: State
-    outer_value: float
-    verification: Verification | None = None
-
-
 def unrolled_hypergradient(
     method: Unrolled,
     inner: Callable[..., Tensor],
     outer: Objective,
     params: Tree,
     hparams: Tree,
+    *,
     verify: Verify,
+    on_failure: OnFailure = "warn",
     buffers: Buffers | None = None,
-) -> UnrolledHypergradient:
-    """``dg/dφ`` by :func:`unroll`; only buffers and the random state of the caller's change.
+) -> Hypergradient:
+    """``dg/dφ`` by :func:`unroll`; of the caller's only buffers and the random state change.
 
     The derivatives are verified where the steps begin, on the objective of the first one.
     ``buffers`` are those of the modules that run, for a caller who has a use for them.
@@ -124,7 +106,9 @@ def unrolled_hypergradient(
     course = Course(verify, method.mode, objectives[0], outer, params, hparams)
     verification = None
     if course.verifies and not method.first_order:
-        verification = verify_on_course(course, objectives[0], outer, params, hparams)
+        verification = verify_on_course(
+            course, objectives[0], outer, params, hparams, on_failure
+        )
     memory = method.memory
     if memory == "graph" and course.mode == "finite-difference" != method.mode:
         # A graph would carry the wrong second derivatives.
@@ -167,10 +151,12 @@ def unrolled_hypergradient(
         # an MLP with memory="graph": 34 MiB more, of 80).
         through = gradient(tr.pairing(ends, cotangents), phi)
     grads = tr.add(direct, filled(through, phi))
-    return UnrolledHypergradient(grads, *detached((theta, state)), value, verification)
+    differentiated = min(len(objectives), method.truncate or len(objectives))
+    return Hypergradient(
+        grads,
+        value,
+        Trajectory(*detached((theta, state))),
+        verification=verification,
+        matvecs=0 if method.first_order else differentiated,
+    )
 
-
-def check_unrolled(method: object) -> None:
-    """Raise ``TypeError`` unless ``method`` is an :class:`Unrolled`."""
-    if not isinstance(method, Unrolled):
-        raise TypeError(f"method must be hg.Unrolled(...), got {given(method)}")

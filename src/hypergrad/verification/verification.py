@@ -31,6 +31,7 @@ from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.autodiff.isolation import RandomState, isolated_buffers
 from hypergrad.autodiff.kept_graph import custom_functions
 from hypergrad.errors import DoubleBackwardWarning, VerificationError, VerificationWarning
+from hypergrad.linsolve.base import OnFailure
 from hypergrad.minibatches import Sampled
 from hypergrad.operators import Mode, hessian
 from hypergrad.operators.gradients import value_and_gradients
@@ -152,7 +153,7 @@ class Course:
 _right_modes = Memory()
 
 
-def report_verification(found: Verification | None, *, mode: Mode, on_failure: str) -> None:
+def report_verification(found: Verification | None, *, mode: Mode, on_failure: OnFailure) -> None:
     """Warn or raise, as asked, if a derivative is wrong in ``mode``."""
     if found is None or found.status is not Verdict.FAILED or on_failure == "ignore":
         return
@@ -304,14 +305,19 @@ def verify_problem(
 
 
 def verify_on_course(
-    course: Course, inner: Objective, outer: Objective, params: Tree, hparams: Tree
+    course: Course,
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    on_failure: OnFailure = "warn",
 ) -> Verification:
     """:func:`verify_problem`, again by differences where the course changes; told if it fails."""
     again = True
     while again:
         found = verify_problem(inner, outer, params, hparams, mode=course.mode)
         again = course.heard(found)
-    report_verification(found, mode=course.mode, on_failure="warn")
+    report_verification(found, mode=course.mode, on_failure=on_failure)
     return found
 
 

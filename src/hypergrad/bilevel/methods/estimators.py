@@ -5,64 +5,25 @@ from __future__ import annotations
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_choice, check_number, check_objective
+from hypergrad._checks import check_choice, check_number
 from hypergrad.autodiff.evaluation import filled, fresh_leaves, gradient
 from hypergrad.bilevel.problem import Levels
 from hypergrad.errors import DampingWarning, HypergradWarning, LinearSolveWarning
-from hypergrad.implicit.hypergradient import (
-    Hypergradient,
-    OnFailure,
-    check_solver,
-    hypergradient,
-    of_nothing,
-)
-from hypergrad.linsolve import (
-    CG,
-    Identity,
-    LinearSolver,
-    SGDSolve,
-    Solution,
-    StochasticNeumann,
-)
-from hypergrad.operators import LinearOperator, Mode, hessian
+from hypergrad.hypergradients import hypergradient
+from hypergrad.implicit.hypergradient import Implicit
+from hypergrad.linsolve import Identity, LinearSolver, SGDSolve, StochasticNeumann
+from hypergrad.linsolve.base import of_nothing
+from hypergrad.operators import Mode, hessian
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.optimizers import from_torch
+from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
-from hypergrad.verification.verification import Verification
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A hypergradient, and what is known of how it came about.
-
-    Attributes:
-        grads: for φ, in the structure of ``hparams``.
-        outer_value: ``g``.
-        inner_value: ``f`` where the hypergradient was taken, if it was evaluated there.
-        inner_grad_norm: ``‖∂_θ f‖`` there, likewise.
-        solve: the receipt of the linear solve, where there is one.
-        matvecs: products with second derivatives.
-        multiplier: of a penalty method.
-        verification: of the derivatives, if this step verified them.
-        damping: λ of the linear solve.
-    """
-
-    grads: Tree
-    outer_value: float
-    inner_value: float | None = None
-    inner_grad_norm: float | None = None
-    solve: Solution | None = None
-    matvecs: int = 0
-    multiplier: float | None = None
-    verification: Verification | None = None
-    damping: float | None = None
 
 
 class Estimator(ABC):
@@ -72,7 +33,7 @@ class Estimator(ABC):
     """
 
     @abstractmethod
-    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
         """The hypergradient at ``levels.params`` and ``levels.hparams``, neither of them changed.
 
         Args:
@@ -82,84 +43,66 @@ class Estimator(ABC):
 
 
 @dataclass(frozen=True)
-class Implicit(Estimator):
-    """Implicit differentiation: what a bare linear solver as ``hypergradient=`` stands for.
+class ByImplicit(Estimator):
+    """The estimator of :class:`hypergrad.Implicit`.
 
     Args:
-        solver: any of ``hg`` that takes its operator for one fixed matrix, see
-            :func:`hypergrad.hypergradient` for it and the rest.
-        damping: added to the diagonal of the Hessian. ``"auto"``: 0, or where that is too little,
-            as much as it takes; an outer step starts from what the last one took.
-        curvature: ``curvature(params, hparams, batch)`` returns what to solve with in place of the
-            Hessian, on the one batch that f is evaluated on.
-        mode: how products are computed.
-        on_failure: what a failed solve does; ``"warn"`` warns once for each way to fail, and the
-            history has the status of every step.
-        warm_start: start the solve from the last solution. ``None``: where the solver says that it
-            gains from it (``gains_from_x0``), such as by reaching its tolerance sooner.
+        method: the options.
 
     Raises:
-        TypeError, ValueError: an option of the wrong kind or out of its range.
+        ValueError: its solver wants a fresh batch for each product.
     """
 
-    solver: LinearSolver = CG()
-    damping: float | Literal["auto"] = "auto"
-    curvature: Callable[[Tree, Tree, Any], LinearOperator] | None = None
-    mode: Mode = "auto"
-    on_failure: OnFailure = "warn"
-    warm_start: bool | None = None
+    method: Implicit
 
     def __post_init__(self) -> None:
-        check_solver(self.solver)
-        if self.solver.needs_fresh_batches:
-            name = "StocBiO" if isinstance(self.solver, StochasticNeumann) else "AmIGO"
+        solver = self.method.solver
+        if solver.needs_fresh_batches:
+            name = "StocBiO" if isinstance(solver, StochasticNeumann) else "AmIGO"
             raise ValueError(
                 f"solver must take its operator for one fixed matrix in a loop, got "
-                f"{type(self.solver).__name__}, which wants a fresh batch for each product; use "
+                f"{type(solver).__name__}, which wants a fresh batch for each product; use "
                 f"hg.bilevel.{name}(...), which draws them"
             )
-        if self.damping != "auto":
-            check_number(self.damping, "damping", at_least=0.0)
-        check_choice(self.mode, "mode", get_args(Mode))
-        check_choice(self.on_failure, "on_failure", get_args(OnFailure))
-        if self.curvature is not None:
-            check_objective(self.curvature, "curvature", "(params, hparams, batch)")
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
-        """By :func:`hypergrad.hypergradient`."""
-        warm = self.solver.gains_from_x0 if self.warm_start is None else self.warm_start
-        batches, curvature = levels.draw_inner(), self.curvature
+    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
+        """By :func:`hypergrad.hypergradient`, with one warning for each way to fail."""
+        method, on_failure = self.method, levels.on_failure
+        solver, curvature = method.solver, method.curvature
+        warm = solver.gains_from_x0 if method.warm_start is None else method.warm_start
+        batches = levels.draw_inner()
         result = hypergradient(
             levels.inner_objective(batches),
             levels.outer_objective(),
             levels.params.tree,
             levels.hparams.tree,
-            solver=self.solver,
-            damping=levels.damping if self.damping == "auto" else self.damping,
-            curvature=None if curvature is None else lambda w, h: curvature(w, h, *batches),
-            mode=self.mode,
-            on_failure="ignore" if self.on_failure == "warn" else self.on_failure,
+            method=replace(
+                method,
+                damping=levels.damping if method.damping == "auto" else method.damping,
+                curvature=curvature and (lambda w, h: curvature(w, h, *batches)),
+            ),
+            on_failure="ignore" if on_failure == "warn" else on_failure,
             x0=x0 if warm else None,
             verify=levels.verify,
         )
         status = result.solve.status
-        if self.on_failure == "warn" and status.failed:
+        if on_failure == "warn" and status.failed:
             # The same words each time, so that Python's filter shows them once.
             warnings.warn(
-                f"the linear solve of {type(self.solver).__name__} failed: {status.name}: "
+                f"the linear solve of {type(solver).__name__} failed: {status.name}: "
                 f"{status.value}{of_nothing(result.solve)}; history['status'] has every step",
                 LinearSolveWarning,
                 stacklevel=1,
             )
-        if self.on_failure == "warn" and levels.damping.exceeds(result.damping):
+        if on_failure == "warn" and levels.damping.exceeds(result.damping or 0.0):
             warnings.warn(
                 "damping='auto' took more than the largest curvature that was met: θ is far from a "
                 "minimum of the inner objective; make more inner_steps or warmup_steps, or give "
-                "hg.bilevel.Implicit(damping=...) a number; history['damping'] has every step",
+                "method=hg.Implicit(damping=...) a number; history['damping'] has every step",
                 DampingWarning,
                 stacklevel=1,
             )
-        return _with_receipt(result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -198,11 +141,11 @@ class T1T2(OneStep):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
         """By a scaled identity in place of the inverse."""
         # Where a schedule has ended at 0 the last step did not move θ, and only ∂_φ g is left.
         scale = step_size(self.lr, levels, self) or sys.float_info.min
-        return Implicit(Identity(scale), mode=self.mode).estimate(levels, None)
+        return ByImplicit(Implicit(Identity(scale), mode=self.mode)).estimate(levels, None)
 
 
 @dataclass(frozen=True)
@@ -226,7 +169,7 @@ class DARTS(OneStep):
 
     mode: Mode = "finite-difference"
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
         """By Equations 7 and 8."""
         inner = hessian(
             levels.inner_objective(), levels.params.tree, levels.hparams.tree, mode=self.mode
@@ -238,9 +181,9 @@ class DARTS(OneStep):
         value, cotangent, direct = value_and_gradients(levels.outer_objective(), *leaves, "outer")
         # For plain gradient descent −lr times the cotangent.
         vector = filled(gradient(tr.pairing(ahead, cotangent), grads), grads)
-        return Estimate(
+        return Hypergradient(
             tr.add(direct, inner.vjp_outer(vector)) if tr.norm(vector) > 0.0 else direct,
-            outer_value=value,
+            value,
             inner_value=inner.value,
             inner_grad_norm=tr.norm(inner.gradient),
             matvecs=1,
@@ -288,7 +231,7 @@ class StocBiO(Estimator):
     def __post_init__(self) -> None:
         StochasticNeumann(self.terms, self.step)
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
         """By :class:`hypergrad.StochasticNeumann`."""
         return _sampled(levels, StochasticNeumann(self.terms, self.step), None)
 
@@ -314,7 +257,7 @@ class AmIGO(Estimator):
     def __post_init__(self) -> None:
         SGDSolve(self.steps, self.step)
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Estimate:
+    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
         """By :class:`hypergrad.SGDSolve`."""
         # The last iterate: the mean of a few would hold back what the warm start gains.
         return _sampled(levels, SGDSolve(self.steps, self.step, average=False), x0)
@@ -335,28 +278,12 @@ def step_size(lr: float | None, levels: Levels, method: object) -> float:
     return lr
 
 
-def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Estimate:
-    result = hypergradient(
+def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Hypergradient:
+    return hypergradient(
         levels.sampled_inner(),
         levels.outer_objective(),
         levels.params.tree,
         levels.hparams.tree,
-        solver=solver,
+        method=Implicit(solver, damping=levels.damping),
         x0=x0,
-        damping=levels.damping,
-    )
-    return _with_receipt(result)
-
-
-def _with_receipt(result: Hypergradient) -> Estimate:
-    return Estimate(
-        result.grads,
-        outer_value=result.outer_value,
-        inner_value=result.inner_value,
-        inner_grad_norm=result.inner_grad_norm,
-        solve=result.solve,
-        # The mixed product is one more.
-        matvecs=result.solve.matvecs + 1,
-        verification=result.verification,
-        damping=result.damping,
     )
