@@ -67,9 +67,14 @@ def measure(workload: Workload, repeats: int) -> Cost:
 
     def hypergradient(verify: Verify) -> hg.Hypergradient:
         return hg.hypergradient(
-            workload.inner, workload.outer, workload.params, phi,
-            solver=solver, damping=workload.damping, on_failure="ignore", verify=verify,
-        )  # fmt: skip
+            workload.inner,
+            workload.outer,
+            workload.params,
+            phi,
+            method=hg.Implicit(solver, damping=workload.damping),
+            on_failure="ignore",
+            verify=verify,
+        )
 
     solve = hypergradient("always").solve
     if solve.iterations != CG_ITERATIONS:

@@ -127,12 +127,14 @@ def cleaning(
             return F.cross_entropy(functional_call(model, theta, (x_val,)), y_val)
 
         return hg.BilevelSolver(
-            f, g, model, weights,
-            inner_optimizer=torch.optim.Adam(model.parameters(), lr=lr),
-            outer_optimizer=torch.optim.Adam([weights], lr=0.3),
-            hypergradient=method, inner_steps=10, outer_steps=OUTER_STEPS, warmup_steps=warmup,
+            hg.Level(f, model, torch.optim.Adam(model.parameters(), lr=lr)),
+            hg.Level(g, weights, torch.optim.Adam([weights], lr=0.3)),
+            method=method,
+            inner_steps=10,
+            outer_steps=OUTER_STEPS,
+            warmup_steps=warmup,
             seed=seed,
-        )  # fmt: skip
+        )
 
     return make
 
@@ -158,12 +160,14 @@ def decays(network: Callable[[], nn.Module], lr: float) -> Callable[..., hg.Bile
             return F.cross_entropy(functional_call(model, theta, (x_val,)), y_val)
 
         return hg.BilevelSolver(
-            f, g, model, phi,
-            inner_optimizer=torch.optim.Adam(model.parameters(), lr=lr),
-            outer_optimizer=torch.optim.Adam(phi.values(), lr=0.1),
-            hypergradient=method, inner_steps=10, outer_steps=OUTER_STEPS, warmup_steps=200,
+            hg.Level(f, model, torch.optim.Adam(model.parameters(), lr=lr)),
+            hg.Level(g, phi, torch.optim.Adam(phi.values(), lr=0.1)),
+            method=method,
+            inner_steps=10,
+            outer_steps=OUTER_STEPS,
+            warmup_steps=200,
             seed=seed,
-        )  # fmt: skip
+        )
 
     return make
 
@@ -195,14 +199,21 @@ def long_tail(method: hg.bilevel.Method, seed: int) -> hg.BilevelSolver:
         return losses(theta, rows).mean()
 
     return hg.BilevelSolver(
-        f, g, model, weigh,
-        inner_loader=loader, outer_loader=[(X[meta], y[meta])],
-        inner_optimizer=sgd,
-        inner_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 600),
-        outer_optimizer=torch.optim.Adam(weigh.parameters(), lr=0.3 / OUTER_STEPS),
-        hypergradient=method, inner_steps=10, outer_steps=OUTER_STEPS, warmup_steps=100,
+        hg.Level(
+            f, model, sgd, loader, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 600)
+        ),
+        hg.Level(
+            g,
+            weigh,
+            torch.optim.Adam(weigh.parameters(), lr=0.3 / OUTER_STEPS),
+            [(X[meta], y[meta])],
+        ),
+        method=method,
+        inner_steps=10,
+        outer_steps=OUTER_STEPS,
+        warmup_steps=100,
         seed=seed,
-    )  # fmt: skip
+    )
 
 
 PROBLEMS = {

@@ -51,7 +51,7 @@ class Course:
 @one_thread()
 def run(problem: str, damping: float | Literal["auto"], seed: int) -> Course:
     """Follow a loop to its end."""
-    method = hg.bilevel.Implicit(SOLVER, damping=damping, on_failure="ignore")
+    method = hg.Implicit(SOLVER, damping=damping)
     history = PROBLEMS[problem](method, seed).run()
     return Course(
         statistics.fmean(history["outer_loss"][-LAST:]),

@@ -46,9 +46,13 @@ class Problem:
     def solve(self, solver: hg.LinearSolver, hparams: Params | None = None) -> hg.Hypergradient:
         """The hypergradient by ``solver``, at other outer parameters if given."""
         return hg.hypergradient(
-            self.inner, self.outer, self.params, self.hparams if hparams is None else hparams,
-            solver=solver, curvature=self.curvature, damping=self.damping, on_failure="ignore",
-        )  # fmt: skip
+            self.inner,
+            self.outer,
+            self.params,
+            self.hparams if hparams is None else hparams,
+            method=hg.Implicit(solver, damping=self.damping, curvature=self.curvature),
+            on_failure="ignore",
+        )
 
     def operator(self) -> LinearOperator:
         """The damped operator of the system."""

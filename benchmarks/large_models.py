@@ -146,9 +146,13 @@ def peak(
                 f = lambda w, h: inner(w, h, batches[0])  # noqa: E731
             solver = hg.CG(rtol=None, maxiter=PRODUCTS)
             hg.hypergradient(
-                f, lambda w, h: outer(w, h, (X[:size], y[:size])), params, hparams,
-                solver=solver, damping=1.0, mode=setting.mode, on_failure="ignore",
-            )  # fmt: skip
+                f,
+                lambda w, h: outer(w, h, (X[:size], y[:size])),
+                params,
+                hparams,
+                method=hg.Implicit(solver, damping=1.0, mode=setting.mode),
+                on_failure="ignore",
+            )
     return live.peak / 2**20
 
 

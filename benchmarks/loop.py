@@ -99,17 +99,17 @@ def outer(params: Params, decay: Tensor, batch: Batch) -> Tensor:
 def by_solver(task: Task) -> Iterator[Tensor]:
     """φ after each outer step of the solver."""
     params, hparams = task.start()
+    optimizer = torch.optim.SGD(list(params.values()), lr=LR)
     solver = hg.BilevelSolver(
-        inner, outer, params, hparams,
-        inner_loader=task.batches, outer_loader=task.validation,
-        inner_optimizer=torch.optim.SGD(list(params.values()), lr=LR),
-        outer_optimizer=torch.optim.Adam([hparams], lr=OUTER_LR),
+        hg.Level(inner, params, optimizer, task.batches),
+        hg.Level(outer, hparams, torch.optim.Adam([hparams], lr=OUTER_LR), task.validation),
+        method=hg.Implicit(SOLVER, damping=DAMPING, warm_start=False),
+        inner_steps=INNER_STEPS,
+        outer_steps=10**9,
         # A fixed number of iterations ends before the tolerance, which is meant here.
-        hypergradient=hg.bilevel.Implicit(
-            SOLVER, damping=DAMPING, on_failure="ignore", warm_start=False
-        ),
-        inner_steps=INNER_STEPS, outer_steps=10**9, seed=0,
-    )  # fmt: skip
+        on_failure="ignore",
+        seed=0,
+    )
     for _ in solver:
         yield hparams
 
@@ -128,9 +128,13 @@ def by_hand(task: Task) -> Iterator[Tensor]:
             inner(params, hparams, next(batches)).backward()
             sgd.step()
         hparams.grad = hg.hypergradient(
-            bind(inner, next(batches)), bind(outer, next(validation)), params, hparams,
-            solver=SOLVER, damping=DAMPING, on_failure="ignore",
-        ).grads  # fmt: skip
+            bind(inner, next(batches)),
+            bind(outer, next(validation)),
+            params,
+            hparams,
+            method=hg.Implicit(SOLVER, damping=DAMPING),
+            on_failure="ignore",
+        ).grads
         adam.step()
         yield hparams
 

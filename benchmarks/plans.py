@@ -25,7 +25,7 @@ class Plan:
     """How to run an algorithm on one problem, and what it must reach.
 
     Attributes:
-        method: the value of ``hypergradient=``.
+        method: the value of ``method=``.
         lr: of SGD on θ.
         outer_lr: of SGD on φ.
         outer_steps: the budget.
@@ -66,14 +66,13 @@ class Plan:
                 f_batches = DataLoader(f_batches, batch_size=None, shuffle=True)
                 g_batches = DataLoader(g_batches, batch_size=None, shuffle=True)
         return hg.BilevelSolver(
-            f, g, theta, phi,
-            inner_loader=f_batches, outer_loader=g_batches,
-            inner_optimizer=inner, outer_optimizer=outer,
-            inner_scheduler=self._schedule(inner, self.inner_steps),
-            outer_scheduler=self._schedule(outer, 1),
-            hypergradient=self.method, inner_steps=self.inner_steps, outer_steps=self.outer_steps,
+            hg.Level(f, theta, inner, f_batches, scheduler=self._schedule(inner, self.inner_steps)),
+            hg.Level(g, phi, outer, g_batches, scheduler=self._schedule(outer, 1)),
+            method=self.method,
+            inner_steps=self.inner_steps,
+            outer_steps=self.outer_steps,
             seed=0,
-        )  # fmt: skip
+        )
 
     def _schedule(
         self, optimizer: torch.optim.Optimizer, every: int

@@ -66,7 +66,7 @@ def measure(repeats: int, quick: bool = False) -> RankCost:
 
     def hypergradient(f: Callable[..., Tensor], g: Callable[..., Tensor]) -> Tensor:
         return hg.hypergradient(
-            f, g, params, hparams, solver=SOLVER, damping=1.0, on_failure="ignore"
+            f, g, params, hparams, method=hg.Implicit(SOLVER, damping=1.0), on_failure="ignore"
         ).grads
 
     seconds: dict[str, list[float]] = {}

@@ -124,8 +124,12 @@ def measure_rank(placement: str, sizes: Sequence[int], rows: int, repeats: int) 
 
     work: dict[str, Callable[[], object]] = {
         "hypergradient": lambda: hg.hypergradient(
-            inner, outer, theta, phi, damping=1.0, on_failure="ignore",
-            solver=hg.CG(rtol=0.0, maxiter=ITERATIONS),
+            inner,
+            outer,
+            theta,
+            phi,
+            method=hg.Implicit(hg.CG(rtol=0.0, maxiter=ITERATIONS), damping=1.0),
+            on_failure="ignore",
         ),
         "product": lambda: operator.matvec(theta),
         "messages": messages,

@@ -24,13 +24,11 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad as hg
 
-Params = dict[str, Tensor]
 Batch = Sequence[Tensor]  # pixels, shape (m, 64), labels and row numbers, both of shape (m,)
 
 TRAIN, VALIDATION, BATCH = 1000, 200, 100
@@ -57,17 +55,22 @@ def network(seed: int) -> nn.Module:
     )
 
 
-def weighted(model: nn.Module, params: Params, weights: Tensor, batch: Batch) -> Tensor:
+def weighted(model: nn.Module, weights: Tensor, batch: Batch) -> Tensor:
     """The mean cross-entropy, each row by its weight, and a decay of the parameters."""
     x, y, rows = batch
-    losses = F.cross_entropy(functional_call(model, params, (x,)), y, reduction="none")
-    decay = torch.stack([value.square().sum() for value in params.values()]).sum()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    decay = torch.stack([value.square().sum() for value in model.parameters()]).sum()
     return (weights[rows] * losses).mean() + 1e-3 * decay
 
 
-def score(model: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean cross-entropy, and the share of right answers in percent."""
-    logits = functional_call(model, params, (batch[0],))
+def inner(model: nn.Module, phi: Tensor, batch: Batch) -> Tensor:
+    """f: the weights are the sigmoids of φ."""
+    return weighted(model, phi.sigmoid(), batch)
+
+
+def outer(model: nn.Module, _: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """g: the mean cross-entropy, and the share of right answers in percent."""
+    logits = model(batch[0])
     hits = (logits.argmax(1) == batch[1]).double()
     return F.cross_entropy(logits, batch[1]), {"accuracy": 100.0 * hits.mean()}
 
@@ -79,28 +82,26 @@ def learn(
     train, validation, test = data
     model, phi = network(seed), torch.zeros(TRAIN)
 
-    def inner(params: Params, phi: Tensor, batch: Batch) -> Tensor:
-        return weighted(model, params, phi.sigmoid(), batch)
-
-    def outer(params: Params, _: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return score(model, params, batch)
-
     return hg.BilevelSolver(
-        inner,
-        outer,
-        model,
-        phi,
-        inner_loader=DataLoader(train, BATCH, shuffle=True),
-        outer_loader=DataLoader(validation, BATCH, shuffle=True),
-        inner_optimizer=torch.optim.Adam(model.parameters(), lr=3e-3),
-        outer_optimizer=torch.optim.Adam([phi], lr=0.2),
+        hg.Level(
+            inner,
+            model,
+            torch.optim.Adam(model.parameters(), lr=3e-3),
+            DataLoader(train, BATCH, shuffle=True),
+            batches=4,
+        ),
+        hg.Level(
+            outer,
+            phi,
+            torch.optim.Adam([phi], lr=0.2),
+            DataLoader(validation, BATCH, shuffle=True),
+            batches=2,
+        ),
         # The Hessian of a network is indefinite: damping makes it positive, and CG fast.
-        hypergradient=hg.bilevel.Implicit(hg.CG(rtol=1e-2, maxiter=20), damping=1.0),
+        method=hg.Implicit(hg.CG(rtol=1e-2, maxiter=20), damping=1.0),
         inner_steps=10,
         outer_steps=steps,
         warmup_steps=100,
-        inner_batches=4,
-        outer_batches=2,
         seed=seed,
         callbacks=[
             hg.bilevel.ProgressBar(),
@@ -115,17 +116,16 @@ def learn(
 def trained(rows: TensorDataset, weights: Tensor, test: Batch, seed: int) -> tuple[float, float]:
     """Test loss and accuracy of the network after 600 steps on the rows as weighted."""
     model = network(seed)
-    params: Params = dict(model.named_parameters())
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     steps = 0
     while steps < 600:
         for batch in DataLoader(rows, BATCH, shuffle=True):
             optimiser.zero_grad()
-            weighted(model, params, weights, batch).backward()
+            weighted(model, weights, batch).backward()
             optimiser.step()
             steps += 1
     with torch.no_grad():
-        loss, metrics = score(model.eval(), params, test)
+        loss, metrics = outer(model.eval(), weights, test)
     return float(loss), float(metrics["accuracy"])
 
 

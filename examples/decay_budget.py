@@ -77,13 +77,9 @@ def descend(problem: Problem, method: hg.bilevel.Method) -> hg.BilevelSolver:
     """The loop: in every outer step θ starts from zero, and φ stays within its bounds."""
     theta, phi = torch.zeros_like(problem.start, requires_grad=True), problem.start.clone()
     return hg.BilevelSolver(
-        problem.inner,
-        problem.outer,
-        theta,
-        phi,
-        inner_optimizer=torch.optim.SGD([theta], lr=INNER_LR),
-        outer_optimizer=problem.outer_optimizer([phi]),
-        hypergradient=method,
+        hg.Level(problem.inner, theta, torch.optim.SGD([theta], lr=INNER_LR)),
+        hg.Level(problem.outer, phi, problem.outer_optimizer([phi])),
+        method=method,
         inner_steps=INNER_STEPS,
         restart="initial",
         project=lambda phi: phi.clamp(*problem.bounds),
@@ -173,7 +169,7 @@ def parzen(seed: int) -> optuna.samplers.BaseSampler:
 SEARCHES: dict[str, Search] = {
     "CG": by_gradient(lambda: hg.CG(rtol=1e-2)),
     "CG, damped by 1 / (η T)": by_gradient(
-        lambda: hg.bilevel.Implicit(hg.CG(rtol=1e-2), damping=1 / (INNER_LR * INNER_STEPS))
+        lambda: hg.Implicit(hg.CG(rtol=1e-2), damping=1 / (INNER_LR * INNER_STEPS))
     ),
     "Nyström-PCG": by_gradient(
         lambda: hg.CG(rtol=1e-2, preconditioner=hg.NystromPreconditioner(10))

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,7 +36,6 @@ import hypergrad as hg
 import mnist
 import report
 
-Params = dict[str, Tensor]
 Rows = tuple[Tensor, Tensor]  # images, shape (n, 1, height, width), and labels, shape (n,)
 Curvature = Callable[[Any, Any, Any], hg.operators.LinearOperator]
 
@@ -88,43 +86,41 @@ def initialise(net: nn.Sequential) -> None:
 def cg(recipe: Recipe, curvature: Curvature) -> hg.bilevel.Method:
     """Conjugate gradient; to be cut off after 20 products is no failure here."""
     solver = hg.CG(rtol=1e-2, maxiter=20)
-    return hg.bilevel.Implicit(solver, recipe.ridge, curvature, on_failure="ignore")
+    return hg.Implicit(solver, recipe.ridge, curvature)
 
 
 def distil(net: nn.Sequential, rows: Rows, recipe: Recipe, method: Method) -> hg.BilevelSolver:
     """The solver of the outer problem, whose ``hparams`` are the images."""
 
-    def logits(theta: Params, x: Tensor) -> Tensor:
-        return functional_call(net, theta, (x,))
+    def inner(net: nn.Module, images: Tensor, _: None) -> Tensor:
+        return F.cross_entropy(net(images), LABELS)
 
-    def inner(theta: Params, images: Tensor, _: None) -> Tensor:
-        return F.cross_entropy(logits(theta, images), LABELS)
-
-    def outer(theta: Params, _: Tensor, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        z = logits(theta, batch[0])
+    def outer(net: nn.Module, _: Tensor, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        z = net(batch[0])
         right = (z.argmax(1) == batch[1]).float().mean()
         return F.cross_entropy(z, batch[1]), {"accuracy": right}
 
-    def curvature(theta: Params, images: Tensor, _: None) -> hg.operators.GaussNewton:
+    def curvature(net: nn.Module, images: Tensor, _: None) -> hg.operators.GaussNewton:
         return hg.operators.GaussNewton(
-            logits, lambda z, _: F.cross_entropy(z, LABELS), theta, images
+            lambda net, images: net(images), lambda z, _: F.cross_entropy(z, LABELS), net, images
         )
 
     images = torch.randn(len(LABELS), *rows[0].shape[1:])
     adam = torch.optim.Adam([images], lr=recipe.outer_lr)
     return hg.BilevelSolver(
-        inner,
-        outer,
-        net,
-        images,
-        outer_loader=DataLoader(TensorDataset(*rows), batch_size=512, shuffle=True),
-        inner_optimizer=torch.optim.SGD(net.parameters(), lr=recipe.lr),
-        outer_optimizer=adam,
-        outer_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(adam, recipe.outer_steps),
-        hypergradient=method(recipe, curvature),
+        hg.Level(inner, net, torch.optim.SGD(net.parameters(), lr=recipe.lr)),
+        hg.Level(
+            outer,
+            images,
+            adam,
+            DataLoader(TensorDataset(*rows), batch_size=512, shuffle=True),
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(adam, recipe.outer_steps),
+        ),
+        method=method(recipe, curvature),
         inner_steps=recipe.inner_steps,
         outer_steps=recipe.outer_steps,
         restart=lambda: initialise(net),
+        on_failure="ignore",
         callbacks=[hg.bilevel.ProgressBar(leave=False)],
     )
 
@@ -134,19 +130,19 @@ def distil(net: nn.Sequential, rows: Rows, recipe: Recipe, method: Method) -> hg
 
 METHODS: dict[str, Method] = {
     "cg": cg,
-    "nystrom-cg": lambda recipe, curvature: hg.bilevel.Implicit(
+    "nystrom-cg": lambda recipe, curvature: hg.Implicit(
         # Its sketch is kept from one outer step to the next, as long as it serves.
         hg.CG(rtol=1e-2, maxiter=20, preconditioner=hg.NystromPreconditioner(10)),
-        recipe.ridge, curvature, on_failure="ignore",
+        recipe.ridge, curvature,
     ),
-    "nystrom": lambda recipe, curvature: hg.bilevel.Implicit(
+    "nystrom": lambda recipe, curvature: hg.Implicit(
         hg.Nystrom(20, rho=recipe.ridge, test="gaussian"), curvature=curvature
     ),
     # The settings of 0.0.1's example: five columns of the Hessian itself.
     "nystrom-0.0.1": lambda recipe, curvature: hg.Nystrom(5, rho=0.1),
     # A term for each inner step: these, unrolled, if the curvature were always that of the end.
-    "neumann": lambda recipe, curvature: hg.bilevel.Implicit(
-        hg.Neumann(recipe.inner_steps, recipe.lr), curvature=curvature, on_failure="ignore"
+    "neumann": lambda recipe, curvature: hg.Implicit(
+        hg.Neumann(recipe.inner_steps, recipe.lr), curvature=curvature
     ),
     "unrolled": lambda recipe, curvature: hg.Unrolled(memory="graph"),
 }  # fmt: skip

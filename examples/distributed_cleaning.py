@@ -114,16 +114,15 @@ def clean(options: Namespace) -> tuple[Params, Tensor, nn.Module]:
     if options.checkpoints is not None:
         callbacks.append(hg.bilevel.Checkpoint(options.checkpoints, every=10))
     solver = hg.BilevelSolver(
-        inner,
-        outer,
-        theta,
-        phi,
-        inner_loader=loader(train),
-        outer_loader=loader(validation),
-        inner_optimizer=torch.optim.Adam(theta.values(), lr=0.01),
-        outer_optimizer=torch.optim.Adam([phi], lr=0.1),
-        hypergradient=hg.bilevel.Implicit(hg.CG(rtol=1e-2, maxiter=20), damping=0.1),
-        inner_batches=TRAIN // BATCH,
+        hg.Level(
+            inner,
+            theta,
+            torch.optim.Adam(theta.values(), lr=0.01),
+            loader(train),
+            batches=TRAIN // BATCH,
+        ),
+        hg.Level(outer, phi, torch.optim.Adam([phi], lr=0.1), loader(validation)),
+        method=hg.Implicit(hg.CG(rtol=1e-2, maxiter=20), damping=0.1),
         inner_steps=8,
         outer_steps=options.steps,
         warmup_steps=50,

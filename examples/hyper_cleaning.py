@@ -108,13 +108,9 @@ def clean(data: Data, name: str, recipe: Recipe, seed: int) -> Tensor:
         return losses(theta, data.validation).mean()
 
     solver = hg.BilevelSolver(
-        inner,
-        outer,
-        theta,
-        phi,
-        inner_optimizer=torch.optim.SGD(theta, lr=0.1, momentum=0.9),
-        outer_optimizer=torch.optim.Adam([phi], lr=recipe.lr),
-        hypergradient=recipe.hypergradient,
+        hg.Level(inner, theta, torch.optim.SGD(theta, lr=0.1, momentum=0.9)),
+        hg.Level(outer, phi, torch.optim.Adam([phi], lr=recipe.lr)),
+        method=recipe.hypergradient,
         inner_steps=recipe.inner_steps,
         outer_steps=recipe.outer_steps,
         warmup_steps=100,

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
@@ -35,7 +34,6 @@ import mnist
 import report
 
 Rows = tuple[Tensor, Tensor]  # pixels from 0 to 1, shape (n, pixels), and labels, shape (n,)
-Params = dict[str, Tensor]  # of a module, by their names
 
 BATCH, DECAY, LR, META = 100, 5e-4, 0.1, 10  # META: rows of a class
 
@@ -72,32 +70,29 @@ def learn(
     weigh = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
     sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
 
-    def losses(theta: Params, rows: Rows) -> Tensor:
-        return F.cross_entropy(functional_call(model, theta, rows[0]), rows[1], reduction="none")
+    def f(model: nn.Module, weigh: nn.Module, rows: Rows) -> Tensor:
+        losses = F.cross_entropy(model(rows[0]), rows[1], reduction="none")
+        weights = weigh(losses.detach()[:, None])[:, 0]
+        norm = sum(weight.square().sum() for weight in model.parameters())
+        return weights @ losses / weights.sum() + 0.5 * DECAY * norm
 
-    def f(theta: Params, phi: Params, rows: Rows) -> Tensor:
-        each = losses(theta, rows)
-        weights = functional_call(weigh, phi, each.detach()[:, None])[:, 0]
-        norm = sum(weight.square().sum() for weight in theta.values())
-        return weights @ each / weights.sum() + 0.5 * DECAY * norm
-
-    def g(theta: Params, _: Params, rows: Rows) -> Tensor:
-        return losses(theta, rows).mean()
+    def g(model: nn.Module, _: nn.Module, rows: Rows) -> Tensor:
+        return F.cross_entropy(model(rows[0]), rows[1])
 
     hg.BilevelSolver(
-        f,
-        g,
-        model,
-        weigh,
-        inner_loader=batches(train),
-        outer_loader=[meta],
-        inner_optimizer=sgd,
-        inner_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps + steps // 5),
-        outer_optimizer=torch.optim.Adam(weigh.parameters(), lr=lr),
-        hypergradient=method,
+        hg.Level(
+            f,
+            model,
+            sgd,
+            batches(train),
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps + steps // 5),
+        ),
+        hg.Level(g, weigh, torch.optim.Adam(weigh.parameters(), lr=lr), [meta]),
+        method=method,
         inner_steps=inner,
         outer_steps=outer,
         warmup_steps=steps // 5,
+        on_failure="ignore",
         # V sees losses that are detached: the gradient is meant to differ from the value.
         verify="never",
         seed=seed,
@@ -118,9 +113,9 @@ class Recipe:
     reach: float = 0.3  # outer steps times the learning rate of Adam
 
 
-def implicit(solver: hg.LinearSolver, damping: float = 0.0) -> hg.bilevel.Implicit:
+def implicit(solver: hg.LinearSolver, damping: float = 0.0) -> hg.Implicit:
     """Away from a minimum H is indefinite: a solve that fails gives what it has, in silence."""
-    return hg.bilevel.Implicit(solver, damping=damping, on_failure="ignore")
+    return hg.Implicit(solver, damping=damping)
 
 
 METHODS = {

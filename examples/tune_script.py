@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -79,20 +78,20 @@ def tune(
 ) -> tuple[hg.bilevel.History, hg.bilevel.KeepBest]:
     """Twelve outer steps; ``hparams`` are the best of them afterwards."""
 
-    def inner(params: Any, h: Hparams, batch: Rows) -> Tensor:
+    def inner(model: Network, h: Hparams, batch: Rows) -> Tensor:
         model.train()
         x, labels = batch
-        logits = functional_call(model, params, (x, h["noises"].exp()))
-        decays = h["decays"].exp()
-        decay = sum(decays[layer(k)] * p.square().sum() for k, p in params.items() if p.ndim > 1)
+        logits = model(x, h["noises"].exp())
+        decays, named = h["decays"].exp(), model.named_parameters()
+        decay = sum(decays[layer(k)] * p.square().sum() for k, p in named if p.ndim > 1)
         target = F.one_hot(labels, 10).to(logits)
         smooth = h["smoothing"].sigmoid()
         target = (1.0 - smooth) * target + smooth / 10.0
         return -(target * logits.log_softmax(-1)).sum(-1).mean() + decay
 
-    def outer(params: Any, h: Hparams, _: Any) -> Tensor:
+    def outer(model: Network, h: Hparams, _: Any) -> Tensor:
         model.eval()
-        return F.cross_entropy(functional_call(model, params, (validation[0],)), validation[1])
+        return F.cross_entropy(model(validation[0]), validation[1])
 
     def adam(h: Hparams) -> hg.optimizers.Adam:
         names = [name for name, _ in model.named_parameters()]
@@ -106,12 +105,14 @@ def tune(
 
     best = hg.bilevel.KeepBest("outer_loss")
     solver = hg.BilevelSolver(
-        inner, outer, model, hparams, inner_loader=loader,
-        inner_optimizer=adam, outer_optimizer=torch.optim.Adam(hparams.values(), lr=budget.lr),
-        hypergradient=hg.Unrolled(memory="graph"), inner_steps=budget.inner_steps,
-        outer_steps=budget.outer_steps, restart="initial", clip_inner=1.0, clip_outer=1.0,
+        hg.Level(inner, model, adam, loader, clip=1.0),
+        hg.Level(outer, hparams, torch.optim.Adam(hparams.values(), lr=budget.lr), clip=1.0),
+        method=hg.Unrolled(memory="graph"),
+        inner_steps=budget.inner_steps,
+        outer_steps=budget.outer_steps,
+        restart="initial",
         callbacks=[best],
-    )  # fmt: skip
+    )
     return solver.run(), best
 
 

@@ -61,15 +61,9 @@ def tune(data: list[list[torch.Tensor]], method: hg.LinearSolver, steps: int) ->
     """The solver after its run: ``hparams`` is φ, ``history`` a table of the outer steps."""
     w, lbfgs, log_decay = start()
     solver = hg.BilevelSolver(
-        inner,
-        outer,
-        w,
-        log_decay,
-        inner_loader=[data[0]],
-        outer_loader=[data[1]],
-        inner_optimizer=lbfgs,
-        outer_optimizer=torch.optim.Adam([log_decay], lr=0.1),
-        hypergradient=method,
+        hg.Level(inner, w, lbfgs, [data[0]]),
+        hg.Level(outer, log_decay, torch.optim.Adam([log_decay], lr=0.1), [data[1]]),
+        method=method,
         outer_steps=steps,
         callbacks=[hg.bilevel.ProgressBar(leave=False)],
     )
@@ -128,7 +122,7 @@ def compare_methods(data: list[list[torch.Tensor]], repeats: int) -> list[dict[s
         for name, make in METHODS.items():
             solver = make()
             began = time.perf_counter()
-            results[name] = hg.hypergradient(*problem, solver=solver)
+            results[name] = hg.hypergradient(*problem, method=solver)
             milliseconds[name].append(1e3 * (time.perf_counter() - began))
 
     exact = results["Dense"].grads

@@ -141,7 +141,12 @@ def hypergradient(placement: str) -> tuple[int, int, list[tuple[str, int]]]:
     params = place(learning.params)
     with programs.Messages() as noted:
         result = hg.hypergradient(
-            f, g, params, learning.hparams, damping=0.5, solver=hg.CG(rtol=1e-8), verify="never"
+            f,
+            g,
+            params,
+            learning.hparams,
+            method=hg.Implicit(hg.CG(rtol=1e-8), damping=0.5),
+            verify="never",
         )
     return tr.size(params), result.solve.matvecs, noted.seen
 
@@ -155,9 +160,13 @@ def peak(placement: str) -> tuple[int, float]:
 
     def run() -> None:
         hg.hypergradient(
-            f, DataParallel(g), params, hparams, damping=1.0, mode=mode, on_failure="ignore",
-            solver=hg.CG(rtol=0.0, maxiter=3),
-        )  # fmt: skip
+            f,
+            DataParallel(g),
+            params,
+            hparams,
+            method=hg.Implicit(hg.CG(rtol=0.0, maxiter=3), damping=1.0, mode=mode),
+            on_failure="ignore",
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hg.HypergradWarning)

@@ -43,7 +43,7 @@ def loop(kind: str = "cg", **options: Any) -> hg.BilevelSolver:
     if kind == "saba":
         parts = [tuple(part[k::3] for part in TRAIN) for k in range(3)]
         method = hg.single_loop.SABA(generator=torch.Generator().manual_seed(1))
-        options = {"hypergradient": method, "inner_loader": parts} | options
+        options = {"method": method, "inner_loader": parts} | options
     optimizers: dict[str, Any] = {
         "inner_optimizer": lambda w: torch.optim.Adam([w], lr=0.1),
         "outer_optimizer": lambda c: torch.optim.Adam([c], lr=0.1),

@@ -110,7 +110,13 @@ Method = Callable[[Objective, Objective, Tree, Tree], Tree]
 def _implicit(solver: Callable[[], hg.LinearSolver], **options: Any) -> Method:
     def grads(f: Objective, g: Objective, params: Tree, hparams: Tree) -> Tree:
         return hg.hypergradient(
-            f, g, params, hparams, solver=solver(), damping=0.5, on_failure="raise", **options
+            f,
+            g,
+            params,
+            hparams,
+            method=hg.Implicit(solver(), damping=0.5),
+            on_failure="raise",
+            **options,
         ).grads
 
     return grads
@@ -513,7 +519,7 @@ def _solved(inner: Any, params: Tree | None = None, hparams: Tree | None = None)
         problem.shared()[1],
         problem.params if params is None else params,
         problem.hparams if hparams is None else hparams,
-        damping=0.5,
+        method=hg.Implicit(damping=0.5),
     ).grads
 
 
@@ -571,7 +577,9 @@ def half_a_mesh() -> Tree:
 
 def forward_mode() -> Tree:
     f, g = mlp().shared()
-    return hg.hypergradient(f, g, sharded(mlp().params), mlp().hparams, mode="forward")
+    return hg.hypergradient(
+        f, g, sharded(mlp().params), mlp().hparams, method=hg.Implicit(mode="forward")
+    )
 
 
 def die_on_one() -> Tree:
@@ -593,7 +601,7 @@ def linear_on_one() -> tuple[Tree, Tree]:
         return params.prod()
 
     def solve(f: Objective, g: Objective) -> Tree:
-        return hg.hypergradient(f, g, params, hparams, solver=hg.CG(rtol=1e-12)).grads
+        return hg.hypergradient(f, g, params, hparams, method=hg.CG(rtol=1e-12)).grads
 
     def mean(w: Tree, h: Tree) -> Tensor:
         return torch.stack([part(w, h) for part in parts]).mean()
@@ -659,9 +667,13 @@ def _of_module(f: Any, params: Tree, problem: Learning, mode: Any) -> Tree:
         return sum(leaf.square().sum() for leaf in params.values())
 
     return hg.hypergradient(
-        f, DataParallel(g), params, problem.hparams, damping=0.5, mode=mode,
-        solver=hg.CG(rtol=1e-8), on_failure="ignore",
-    ).grads  # fmt: skip
+        f,
+        DataParallel(g),
+        params,
+        problem.hparams,
+        method=hg.Implicit(hg.CG(rtol=1e-8), damping=0.5, mode=mode),
+        on_failure="ignore",
+    ).grads
 
 
 def fully_sharded() -> tuple[Tree, Tree, list[str], bool]:
@@ -716,11 +728,17 @@ def functional_call_of_fully_sharded(how: str) -> None:
     elif how == "loop":
         hparams = problem.hparams.clone()
         hg.BilevelSolver(
-            lambda params, hparams, batch: f(params, hparams),
-            lambda params, hparams, batch: g(params, hparams),
-            module, hparams, inner_optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-            outer_optimizer=torch.optim.SGD([hparams], lr=0.1),
-        ).run()  # fmt: skip
+            hg.Level(
+                lambda params, hparams, batch: f(params, hparams),
+                module,
+                torch.optim.SGD(module.parameters(), lr=0.1),
+            ),
+            hg.Level(
+                lambda params, hparams, batch: g(params, hparams),
+                hparams,
+                torch.optim.SGD([hparams], lr=0.1),
+            ),
+        ).run()
     else:
         hg.hypergradient(f, g, params, problem.hparams)
 
@@ -803,7 +821,7 @@ def loop_solver(
         return F.cross_entropy(functional_call(problem.module, params, (batch[0],)), batch[1])
 
     methods: dict[str, Any] = {
-        "cg": hg.bilevel.Implicit(
+        "cg": hg.Implicit(
             hg.CG(rtol=1e-12, preconditioner=hg.NystromPreconditioner(4)), damping=0.5
         ),
         "cg-plain": hg.CG(rtol=1e-12),
@@ -811,14 +829,16 @@ def loop_solver(
         "soba": hg.single_loop.SOBA(),
     }
     solver = hg.BilevelSolver(
-        f, g, params, hparams,
-        inner_loader=loader(problem.y), outer_loader=loader((problem.y + 1) % 3),
-        inner_optimizer=torch.optim.Adam(params.values(), lr=0.05),
-        outer_optimizer=torch.optim.Adam([hparams], lr=0.05),
-        hypergradient=methods[method], inner_steps=1 if method == "soba" else 3,
-        outer_steps=steps, seed=3, process_group=group, callbacks=callbacks,
+        hg.Level(f, params, torch.optim.Adam(params.values(), lr=0.05), loader(problem.y)),
+        hg.Level(g, hparams, torch.optim.Adam([hparams], lr=0.05), loader((problem.y + 1) % 3)),
+        method=methods[method],
+        inner_steps=1 if method == "soba" else 3,
+        outer_steps=steps,
+        seed=3,
+        process_group=group,
+        callbacks=callbacks,
         **options,
-    )  # fmt: skip
+    )
     return solver, hparams
 
 
@@ -859,11 +879,15 @@ def loader_fails() -> None:
 
     theta, phi = torch.ones(2).double(), torch.ones(2).double()
     hg.BilevelSolver(
-        lambda w, h, x: (h.exp() * w.square() - w * x).sum(),
-        lambda w, h, x: w.square().sum(),
-        theta, phi, inner_loader=Rows(), inner_optimizer=torch.optim.SGD([theta], lr=0.1),
-        outer_optimizer=torch.optim.SGD([phi], lr=0.1), process_group=dist.group.WORLD,
-    ).run()  # fmt: skip
+        hg.Level(
+            lambda w, h, x: (h.exp() * w.square() - w * x).sum(),
+            theta,
+            torch.optim.SGD([theta], lr=0.1),
+            Rows(),
+        ),
+        hg.Level(lambda w, h, x: w.square().sum(), phi, torch.optim.SGD([phi], lr=0.1)),
+        process_group=dist.group.WORLD,
+    ).run()
 
 
 def stop_on_one() -> tuple[int, str | None]:

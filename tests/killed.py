@@ -30,7 +30,7 @@ import hypergrad as hg  # noqa: E402
 from hypergrad import bilevel as bl  # noqa: E402
 
 METHODS: dict[str, Any] = {
-    "implicit": lambda: bl.Implicit(
+    "implicit": lambda: hg.Implicit(
         hg.CG(rtol=1e-2, maxiter=5, preconditioner=hg.NystromPreconditioner(rank=4)),
         damping=1.0,
         on_failure="ignore",

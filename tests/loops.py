@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,7 +55,23 @@ def ridge_solver(**options: Any) -> hg.BilevelSolver:
         "outer_steps": 3,
         "seed": 0,
     } | options
-    return hg.BilevelSolver(**arguments)
+    return flat_solver(**arguments)
+
+
+def flat_solver(
+    inner: Any, outer: Any, params: Any, hparams: Any, **options: Any
+) -> hg.BilevelSolver:
+    """A solver whose levels come as flat options, such as ``inner_loader``, for tables of them."""
+    levels: dict[str, dict[str, Any]] = {"inner": {}, "outer": {}}
+    for name in list(options):
+        side, _, field = name.partition("_")
+        if side in levels and field in ("optimizer", "loader", "scheduler", "clip", "batches"):
+            levels[side][field] = options.pop(name)
+    return hg.BilevelSolver(
+        hg.Level(inner, params, **levels["inner"]),
+        hg.Level(outer, hparams, **levels["outer"]),
+        **options,
+    )
 
 
 def shuffled(batch_size: int = 10, **options: Any) -> DataLoader[Any]:
@@ -77,7 +92,7 @@ class Network(nn.Module):
         return self.layers(x)
 
 
-def digits_solver(hypergradient: Any, workers: int = 0, **options: Any) -> hg.BilevelSolver:
+def digits_solver(method: Any, workers: int = 0, **options: Any) -> hg.BilevelSolver:
     """A network with dropout and batch norm on shuffled digits, one log-decay a tensor."""
     X, y = load_digits(return_X_y=True)
     X, y = torch.from_numpy(X).float()[:400] / 16.0, torch.from_numpy(y)[:400]
@@ -85,15 +100,16 @@ def digits_solver(hypergradient: Any, workers: int = 0, **options: Any) -> hg.Bi
     model = Network()
     decay = {name: torch.tensor(-6.0) for name, _ in model.named_parameters()}
 
-    def loss(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(net: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batch
-        logits = functional_call(model, params, (x,))
+        logits = net(x)
         accuracy = (logits.argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
-    def inner(params: Any, hparams: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value, metrics = loss(params, batch)
-        penalty = [hparams[name].exp() * leaf.square().sum() for name, leaf in params.items()]
+    def inner(net: Any, hparams: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = loss(net, batch)
+        named = net.named_parameters()
+        penalty = [hparams[name].exp() * leaf.square().sum() for name, leaf in named]
         return value + 0.5 * torch.stack(penalty).sum(), metrics
 
     def loader(rows: slice) -> DataLoader[Any]:
@@ -106,11 +122,11 @@ def digits_solver(hypergradient: Any, workers: int = 0, **options: Any) -> hg.Bi
         "outer_optimizer": torch.optim.Adam(list(decay.values()), lr=0.05),
         "seed": 0,
     } | options
-    return hg.BilevelSolver(
+    return flat_solver(
         inner,
-        lambda params, hparams, batch: loss(params, batch),
+        lambda net, hparams, batch: loss(net, batch),
         model,
         decay,
-        hypergradient=hypergradient,
+        method=method,
         **arguments,
     )

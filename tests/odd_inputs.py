@@ -144,9 +144,10 @@ def _solver(params: Any, hparams: Any) -> Any:
         for tree in (params, hparams)
     ]
     loop = hg.BilevelSolver(
-        inner, outer, params, hparams, inner_optimizer=optimizers[0],
-        outer_optimizer=optimizers[1], outer_steps=1,
-    )  # fmt: skip
+        hg.Level(inner, params, optimizers[0]),
+        hg.Level(outer, hparams, optimizers[1]),
+        outer_steps=1,
+    )
     return loop.run()
 
 

@@ -85,7 +85,7 @@ def solved(
     H, J, g_theta, g_phi = dense_parts(problem)
     exact = to_hparams(g_phi - J.T @ torch.linalg.solve(H, g_theta))
     condition = float(torch.linalg.cond(H))
-    return replace(problem, hypergradient=exact, n=len(H), condition=condition)
+    return replace(problem, method=exact, n=len(H), condition=condition)
 
 
 def spd_matrix(n: int, condition: float, seed: int) -> Tensor:

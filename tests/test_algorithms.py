@@ -49,9 +49,9 @@ def test_the_known_solutions_are_minima(name: str) -> None:
             (problem.outer, problem.outer_whole),
         )
     )
-    there = hg.hypergradient(f, g, theta, phi, solver=hg.Dense())
+    there = hg.hypergradient(f, g, theta, phi, method=hg.Dense())
     start = problem.minimiser(problem.hparams[None])[0]
-    before = hg.hypergradient(f, g, start, problem.hparams, solver=hg.Dense())
+    before = hg.hypergradient(f, g, start, problem.hparams, method=hg.Dense())
     assert there.inner_grad_norm < 1e-12
     assert there.grads.norm() < 1e-7 * before.grads.norm()
     away = torch.randn(50, len(phi), dtype=torch.float64)

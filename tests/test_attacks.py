@@ -92,7 +92,7 @@ def test_a_callback_that_fails_to_load_leaves_all_as_it_was(tmp_path: Path) -> N
 def test_what_cannot_be_loaded_is_set_aside_and_the_one_before_used(tmp_path: Path) -> None:
     """A whole file of another problem, a link to nowhere, and a folder of that name."""
     ridge_solver(outer_steps=3, callbacks=[bl.Checkpoint(tmp_path)]).run()
-    ridge_solver(hypergradient=hg.MINRES()).save(tmp_path / "step-00000004.pt")
+    ridge_solver(method=hg.MINRES()).save(tmp_path / "step-00000004.pt")
     (tmp_path / "step-00000005.pt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "step-00000006.pt").mkdir()
     solver = ridge_solver(outer_steps=5, callbacks=[bl.Checkpoint(tmp_path)])

@@ -235,7 +235,7 @@ def test_a_second_derivative_that_is_nan_is_reported_not_returned() -> None:
         return (w - p).square().sum() + (w - w.detach()).abs().pow(1.5).sum()
 
     with pytest.warns(hg.LinearSolveWarning, match="NON_FINITE"):
-        result = hg.hypergradient(inner, g, W, P, mode="reverse")
+        result = hg.hypergradient(inner, g, W, P, method=hg.Implicit(mode="reverse"))
     assert result.solve.status is hg.Status.NON_FINITE
     assert torch.isfinite(result.solve.x).all()
 

@@ -53,7 +53,7 @@ def neumann(w: Tensor, decay: Tensor) -> Tensor:
 FORMULAS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor], float]] = {
     # The method, the formula of its hypergradient, and the relative error that its rounding leaves.
     "CG": (hg.CG(rtol=1e-10), exact, 1e-8),
-    "Dense": (bl.Implicit(hg.Dense()), exact, 1e-10),
+    "Dense": (hg.Implicit(hg.Dense()), exact, 1e-10),
     "Nyström": (hg.Nystrom(rank=FEATURES, rho=1e-10), exact, 1e-6),
     "T1-T2": (bl.T1T2(), last_step, 1e-10),
     "DARTS": (bl.DARTS(), step_ahead, 1e-6),
@@ -67,7 +67,7 @@ FORMULAS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor], float]] = {
 def test_the_loop_is_the_one_written_by_hand(name: str) -> None:
     """Gradient descent on θ, the method's formula, gradient descent on φ; by matrix algebra."""
     method, formula, bound = FORMULAS[name]
-    solver = ridge_solver(hypergradient=method, inner_steps=4, warmup_steps=2, outer_steps=1)
+    solver = ridge_solver(method=method, inner_steps=4, warmup_steps=2, outer_steps=1)
     w, decay = torch.zeros(FEATURES).double(), torch.zeros(FEATURES).double()
     for _ in range(6):
         w = w - 0.1 * derivatives(w, decay)[0]
@@ -82,7 +82,7 @@ def test_the_loop_is_the_one_written_by_hand(name: str) -> None:
 
 def test_solves_that_fail_alike_in_a_loop_warn_once() -> None:
     solver = ridge_solver(
-        hypergradient=hg.CG(rtol=1e-12, maxiter=1), warmup_steps=2, inner_steps=1, outer_steps=4
+        method=hg.CG(rtol=1e-12, maxiter=1), warmup_steps=2, inner_steps=1, outer_steps=4
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -97,14 +97,18 @@ def test_a_schedule_that_ends_at_zero_leaves_t1_t2_the_direct_gradient() -> None
     w, decay = torch.zeros(FEATURES).double(), torch.zeros(FEATURES).double()
     sgd = torch.optim.SGD([w], lr=0.1)
     solver = hg.BilevelSolver(
-        lambda w, decay, _: inner(w, decay, TRAIN),
-        lambda w, decay, _: outer(w, decay, VALIDATION) + decay.sum(),
-        w,
-        decay,
-        inner_optimizer=sgd,
-        inner_scheduler=torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: float(step < 2)),
-        outer_optimizer=torch.optim.SGD([decay], lr=1.0),
-        hypergradient=bl.T1T2(),
+        hg.Level(
+            lambda w, decay, _: inner(w, decay, TRAIN),
+            w,
+            sgd,
+            scheduler=torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: float(step < 2)),
+        ),
+        hg.Level(
+            lambda w, decay, _: outer(w, decay, VALIDATION) + decay.sum(),
+            decay,
+            torch.optim.SGD([decay], lr=1.0),
+        ),
+        method=bl.T1T2(),
         outer_steps=3,
     )
     solver.run()
@@ -119,7 +123,7 @@ def test_amigo_starts_from_its_last_solution() -> None:
 
     def moved(steps: int, outer_steps: int) -> Tensor:
         solver = ridge_solver(
-            hypergradient=bl.AmIGO(steps=steps, step=0.2),
+            method=bl.AmIGO(steps=steps, step=0.2),
             outer_steps=outer_steps,
             outer_optimizer=lambda c: torch.optim.SGD([c], lr=1e-14),
             warmup_steps=1,
@@ -134,7 +138,7 @@ def test_amigo_starts_from_its_last_solution() -> None:
 
 @pytest.mark.parametrize("memory", ["recompute", "graph", "checkpoint", "forward"])
 def test_unrolling_differentiates_the_steps_that_it_makes(memory: Any) -> None:
-    solver = ridge_solver(hypergradient=hg.Unrolled(memory=memory), inner_steps=4, outer_steps=2)
+    solver = ridge_solver(method=hg.Unrolled(memory=memory), inner_steps=4, outer_steps=2)
     w = torch.zeros(FEATURES, dtype=torch.float64)
     decay = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
@@ -154,15 +158,14 @@ def test_unrolling_learns_what_the_optimiser_is_made_of() -> None:
     w = torch.zeros(FEATURES, dtype=torch.float64)
     rate = torch.tensor(-6.0, dtype=torch.float64)
     solver = hg.BilevelSolver(
-        lambda w, rate, batch: inner(w, torch.full_like(w, -9.0), batch),
-        outer,
-        w,
-        rate,
-        inner_loader=[TRAIN],
-        outer_loader=[VALIDATION],
-        inner_optimizer=lambda rate: hg.optimizers.SGD(lr=rate.exp()),
-        outer_optimizer=torch.optim.Adam([rate], lr=0.5),
-        hypergradient=hg.Unrolled(),
+        hg.Level(
+            lambda w, rate, batch: inner(w, torch.full_like(w, -9.0), batch),
+            w,
+            lambda rate: hg.optimizers.SGD(lr=rate.exp()),
+            [TRAIN],
+        ),
+        hg.Level(outer, rate, torch.optim.Adam([rate], lr=0.5), [VALIDATION]),
+        method=hg.Unrolled(),
         inner_steps=5,
         outer_steps=10,
         restart="initial",
@@ -189,19 +192,18 @@ def test_options_are_what_one_would_write() -> None:
     ridge_solver(**options)
     w, decay = (made[key].param_groups[0]["params"][0] for key in ("inner", "outer"))
     solver = hg.BilevelSolver(
-        inner,
-        outer,
-        w,
-        decay,
-        inner_loader=[TRAIN],
-        outer_loader=[VALIDATION],
-        inner_optimizer=made["inner"],
-        outer_optimizer=made["outer"],
-        inner_scheduler=schedule(made["inner"], 0.9),
-        outer_scheduler=schedule(made["outer"], 0.5),
-        hypergradient=bl.Implicit(hg.Dense()),
-        clip_inner=0.3,
-        clip_outer=0.05,
+        hg.Level(
+            inner, w, made["inner"], [TRAIN], scheduler=schedule(made["inner"], 0.9), clip=0.3
+        ),
+        hg.Level(
+            outer,
+            decay,
+            made["outer"],
+            [VALIDATION],
+            scheduler=schedule(made["outer"], 0.5),
+            clip=0.05,
+        ),
+        method=hg.Implicit(hg.Dense()),
         project=lambda decay: decay.clamp(max=0.1),
         restart="initial",
         restart_every=2,
@@ -253,10 +255,10 @@ def test_batches_are_averaged_where_asked() -> None:
     halves = [tuple(part[rows] for part in VALIDATION) for rows in (slice(0, 15), slice(15, 30))]
     thirds = [tuple(part[k::3] for part in TRAIN) for k in range(3)]
     still = {"inner_optimizer": lambda w: torch.optim.SGD([w], lr=1e-14), "outer_steps": 1}
-    method = bl.Implicit(hg.Dense())
-    whole = ridge_solver(hypergradient=method, inner_steps=3, **still)
+    method = hg.Implicit(hg.Dense())
+    whole = ridge_solver(method=method, inner_steps=3, **still)
     parts = ridge_solver(
-        hypergradient=method, inner_steps=3, inner_loader=thirds, outer_loader=halves,
+        method=method, inner_steps=3, inner_loader=thirds, outer_loader=halves,
         inner_batches=3, outer_batches=2, **still,
     )  # fmt: skip
     for solver in (whole, parts):
@@ -270,11 +272,11 @@ def test_a_truncated_solve_is_taken_up_where_it_ended() -> None:
     still = {"inner_optimizer": lambda w: torch.optim.SGD([w], lr=1e-14), "outer_steps": 12}
     errors = []
     for warm_start in (None, False):
-        method = bl.Implicit(
+        method = hg.Implicit(
             hg.CG(rtol=1e-9, maxiter=2), on_failure="ignore", warm_start=warm_start
         )
         solver = ridge_solver(
-            hypergradient=method, outer_optimizer=lambda c: torch.optim.SGD([c], lr=1e-14), **still
+            method=method, outer_optimizer=lambda c: torch.optim.SGD([c], lr=1e-14), **still
         )
         solver.params.fill_(1.0)
         norm = float(exact(solver.params, solver.hparams).norm())
@@ -296,12 +298,12 @@ def test_a_curvature_sees_the_batch_of_the_objective() -> None:
         )
 
     def moved(method: bl.Implicit) -> Tensor:
-        solver = ridge_solver(hypergradient=method, outer_steps=2, inner_loader=shuffled())
+        solver = ridge_solver(method=method, outer_steps=2, inner_loader=shuffled())
         solver.run()
         return solver.hparams
 
-    plain = moved(bl.Implicit(hg.CG(rtol=1e-12)))
-    ours = moved(bl.Implicit(hg.CG(rtol=1e-12), curvature=curvature))
+    plain = moved(hg.Implicit(hg.CG(rtol=1e-12)))
+    ours = moved(hg.Implicit(hg.CG(rtol=1e-12), curvature=curvature))
     torch.testing.assert_close(ours, plain, rtol=1e-9, atol=0.0)
 
 
@@ -322,12 +324,12 @@ def test_the_inner_problem_is_trained_alone_where_asked() -> None:
 def test_objectives_without_data_need_no_loader() -> None:
     w, c = torch.zeros(()), torch.ones(())
     solver = hg.BilevelSolver(
-        lambda w, c, batch: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2,
-        lambda w, c, batch: 0.5 * (w - 1.0) ** 2,
-        w,
-        c,
-        inner_optimizer=torch.optim.SGD([w], lr=0.3),
-        outer_optimizer=torch.optim.SGD([c], lr=2.0),
+        hg.Level(
+            lambda w, c, batch: 0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2,
+            w,
+            torch.optim.SGD([w], lr=0.3),
+        ),
+        hg.Level(lambda w, c, batch: 0.5 * (w - 1.0) ** 2, c, torch.optim.SGD([c], lr=2.0)),
         inner_steps=20,
         outer_steps=60,
     )
@@ -345,7 +347,7 @@ def test_an_optimiser_that_evaluates_several_times_may_train() -> None:
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         ),
-        hypergradient=hg.CG(rtol=1e-12),
+        method=hg.CG(rtol=1e-12),
         outer_steps=1,
     )
     (X, y), start = TRAIN, torch.zeros(FEATURES, dtype=torch.float64)
@@ -357,7 +359,7 @@ def test_an_optimiser_that_evaluates_several_times_may_train() -> None:
 
 def test_modules_keep_buffers_and_frozen_parameters_apart() -> None:
     solver = digits_solver(
-        bl.Implicit(hg.CG(maxiter=3), damping=1.0, on_failure="ignore"), inner_steps=2
+        hg.Implicit(hg.CG(maxiter=3), damping=1.0), on_failure="ignore", inner_steps=2
     )
     (model,) = solver.modules
     norm = model.layers[1]
@@ -377,10 +379,11 @@ def test_modules_keep_buffers_and_frozen_parameters_apart() -> None:
         return misfit + decay.exp() * params["1.weight"].square().sum()
 
     solver = hg.BilevelSolver(
-        objective, objective, frozen, decay, inner_loader=[TRAIN], outer_loader=[VALIDATION],
-        inner_optimizer=torch.optim.SGD(frozen[1].parameters(), lr=0.1),
-        outer_optimizer=torch.optim.SGD([decay], lr=0.1), outer_steps=2, inner_steps=3,
-    )  # fmt: skip
+        hg.Level(objective, frozen, torch.optim.SGD(frozen[1].parameters(), lr=0.1), [TRAIN]),
+        hg.Level(objective, decay, torch.optim.SGD([decay], lr=0.1), [VALIDATION]),
+        outer_steps=2,
+        inner_steps=3,
+    )
     assert set(solver.params) == {"1.weight", "1.bias"}
     solver.run()
     assert torch.equal(frozen[0].weight, kept)
@@ -400,11 +403,11 @@ def test_the_outer_parameters_may_be_a_module() -> None:
         return (weights * losses).mean() + 0.01 * w.square().sum()
 
     solver = hg.BilevelSolver(
-        weighted, outer, w, weigh, inner_loader=[TRAIN], outer_loader=[VALIDATION],
-        inner_optimizer=torch.optim.SGD([w], lr=0.1),
-        outer_optimizer=torch.optim.Adam(weigh.parameters(), lr=0.05),
-        inner_steps=10, outer_steps=20,
-    )  # fmt: skip
+        hg.Level(weighted, w, torch.optim.SGD([w], lr=0.1), [TRAIN]),
+        hg.Level(outer, weigh, torch.optim.Adam(weigh.parameters(), lr=0.05), [VALIDATION]),
+        inner_steps=10,
+        outer_steps=20,
+    )
     losses = solver.run()["outer_loss"]
     assert losses[-1] < losses[0]
     assert solver.modules == [weigh]
@@ -426,12 +429,8 @@ def test_metrics_and_outer_parameters_enter_the_history() -> None:
 def test_many_outer_parameters_are_summed_up() -> None:
     w, many = torch.zeros(50), torch.linspace(0.0, 1.0, 50)
     solver = hg.BilevelSolver(
-        lambda w, c, _: 0.5 * (w - c).square().sum(),
-        lambda w, c, _: 0.5 * w.square().sum(),
-        w,
-        many,
-        inner_optimizer=torch.optim.SGD([w], lr=0.5),
-        outer_optimizer=torch.optim.SGD([many], lr=0.1),
+        hg.Level(lambda w, c, _: 0.5 * (w - c).square().sum(), w, torch.optim.SGD([w], lr=0.5)),
+        hg.Level(lambda w, c, _: 0.5 * w.square().sum(), many, torch.optim.SGD([many], lr=0.1)),
         outer_steps=1,
     )
     row = solver.run()[0]
@@ -447,7 +446,7 @@ def test_a_seed_fixes_everything(method: Any) -> None:
     def run(noise: bool, seed: int) -> Any:
         solver = ridge_solver(
             inner=lambda w, c, b: inner(nn.functional.dropout(w, 0.2), c, b),
-            hypergradient=method, inner_loader=shuffled(), inner_steps=steps, seed=seed,
+            method=method, inner_loader=shuffled(), inner_steps=steps, seed=seed,
         )  # fmt: skip
         if noise:
             torch.utils.data.DataLoader(range(10), shuffle=True).__iter__()
@@ -471,11 +470,13 @@ def test_autocast_reaches_both_objectives() -> None:
     w, decay = torch.zeros(FEATURES), torch.zeros(FEATURES)
     data = [tuple(part.float() for part in TRAIN)]
     solver = hg.BilevelSolver(
-        objective, objective, w, decay, inner_loader=data, outer_loader=data,
-        inner_optimizer=torch.optim.SGD([w], lr=0.1),
-        outer_optimizer=torch.optim.SGD([decay], lr=0.1),
-        hypergradient=hg.CG(rtol=1e-1), inner_steps=5, autocast=torch.bfloat16, outer_steps=3,
-    )  # fmt: skip
+        hg.Level(objective, w, torch.optim.SGD([w], lr=0.1), data),
+        hg.Level(objective, decay, torch.optim.SGD([decay], lr=0.1), data),
+        method=hg.CG(rtol=1e-1),
+        inner_steps=5,
+        autocast=torch.bfloat16,
+        outer_steps=3,
+    )
     losses = solver.run()["outer_loss"]
     assert set(seen) == {torch.bfloat16}
     assert w.dtype == torch.float32
@@ -507,7 +508,7 @@ def test_whoever_breaks_off_can_go_on() -> None:
 
 def test_a_single_loop_moves_both_from_where_they_were() -> None:
     """SOBA by matrix algebra, its step size that of the inner optimiser."""
-    solver = ridge_solver(hypergradient=hg.single_loop.SOBA(), outer_steps=5)
+    solver = ridge_solver(method=hg.single_loop.SOBA(), outer_steps=5)
     history = solver.run()
     w, decay, v = (torch.zeros(FEATURES, dtype=torch.float64) for _ in range(3))
     for _ in range(5):

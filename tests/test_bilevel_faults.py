@@ -41,16 +41,16 @@ def scheduler() -> Any:
 def both_levels() -> Any:
     w = torch.zeros(3)
     sgd = torch.optim.SGD([w], lr=0.1)
-    return hg.BilevelSolver(inner, outer, w, [w], inner_optimizer=sgd, outer_optimizer=sgd)
+    return hg.BilevelSolver(hg.Level(inner, w, sgd), hg.Level(outer, [w], sgd))
 
 
 def part_of_the_tree() -> Any:
     w = {"a": torch.zeros(2), "b": torch.zeros(2)}
     c = torch.zeros(1)
     return hg.BilevelSolver(
-        inner, outer, w, c, inner_optimizer=torch.optim.SGD([w["a"]], lr=0.1),
-        outer_optimizer=torch.optim.SGD([c], lr=0.1),
-    )  # fmt: skip
+        hg.Level(inner, w, torch.optim.SGD([w["a"]], lr=0.1)),
+        hg.Level(outer, c, torch.optim.SGD([c], lr=0.1)),
+    )
 
 
 def no_leaf() -> Any:
@@ -71,7 +71,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "steps": (lambda: ridge_solver(inner_steps=0), ValueError, "inner_steps must be at least 1"),
     "warmup": (lambda: ridge_solver(warmup_steps=1.5), TypeError, "warmup_steps must be an integ"),
     "batches": (lambda: ridge_solver(outer_batches=0), ValueError, "outer_batches must be at lea"),
-    "clip": (lambda: ridge_solver(clip_outer=0.0), ValueError, "clip_outer must be a finite numb"),
+    "clip": (lambda: ridge_solver(outer_clip=0.0), ValueError, "clip_outer must be a finite numb"),
     "project": (lambda: ridge_solver(project=3), TypeError, r"project must be a function of"),
     "restart": (lambda: ridge_solver(restart="again"), ValueError, "restart must be None, 'initi"),
     "autocast": (
@@ -85,7 +85,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "callbacks must be instances of hg.bilevel.Callback, got builtin_function_or_method",
     ),
     "method": (
-        lambda: ridge_solver(hypergradient="cg"),
+        lambda: ridge_solver(method="cg"),
         TypeError,
         "hypergradient must be a linear solver such as hg.CG",
     ),
@@ -133,54 +133,54 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "outer_scheduler must be one of torch.optim.lr_scheduler, got float",
     ),
     "inner steps of a single loop": (
-        lambda: ridge_solver(hypergradient=SINGLE, inner_steps=5),
+        lambda: ridge_solver(method=SINGLE, inner_steps=5),
         ValueError,
         "inner_steps must be 1 with SOBA",
     ),
     "restart of a single loop": (
-        lambda: ridge_solver(hypergradient=SINGLE, restart="initial"),
+        lambda: ridge_solver(method=SINGLE, restart="initial"),
         ValueError,
         "restart must be None with SOBA",
     ),
     "line search in a single loop": (
-        lambda: ridge_solver(hypergradient=SINGLE, inner_optimizer=lbfgs),
+        lambda: ridge_solver(method=SINGLE, inner_optimizer=lbfgs),
         TypeError,
         "inner_optimizer must step along a given direction with SOBA",
     ),
     "SABA needs lists": (
-        lambda: ridge_solver(hypergradient=hg.single_loop.SABA(), inner_loader=shuffled()),
+        lambda: ridge_solver(method=hg.single_loop.SABA(), inner_loader=shuffled()),
         TypeError,
         "inner_loader must be a sequence of batches with SABA",
     ),
     "SABA draws one": (
-        lambda: ridge_solver(hypergradient=hg.single_loop.SABA(), outer_batches=2),
+        lambda: ridge_solver(method=hg.single_loop.SABA(), outer_batches=2),
         ValueError,
         "inner_batches and outer_batches must be 1 with SABA",
     ),
     "fresh batches": (
-        lambda: ridge_solver(hypergradient=bl.StocBiO(), inner_batches=2),
+        lambda: ridge_solver(method=bl.StocBiO(), inner_batches=2),
         ValueError,
         "inner_batches must be 1 with StocBiO",
     ),
     "a curvature is of one batch": (
         lambda: ridge_solver(
-            hypergradient=bl.Implicit(curvature=lambda w, c, b: None), inner_batches=2  # type: ignore[arg-type, return-value]
+            method=hg.Implicit(curvature=lambda w, c, b: None), inner_batches=2  # type: ignore[arg-type, return-value]
         ),
         ValueError,
         "inner_batches must be 1 with a curvature",
     ),
     "unrolled twice": (
-        lambda: ridge_solver(hypergradient=hg.Unrolled(steps=3)),
+        lambda: ridge_solver(method=hg.Unrolled(steps=3)),
         ValueError,
         "steps of hg.Unrolled must be left out in a loop",
     ),
     "a Neumann series of fresh batches": (
-        lambda: ridge_solver(hypergradient=hg.StochasticNeumann(5, 0.1)),
+        lambda: ridge_solver(method=hg.StochasticNeumann(5, 0.1)),
         ValueError,
         r"got StochasticNeumann.*hg\.bilevel\.StocBiO",
     ),
     "descent over fresh batches": (
-        lambda: ridge_solver(hypergradient=bl.Implicit(hg.SGDSolve(5, 0.1))),
+        lambda: ridge_solver(method=hg.Implicit(hg.SGDSolve(5, 0.1))),
         ValueError,
         r"got SGDSolve.*hg\.bilevel\.AmIGO",
     ),
@@ -197,13 +197,13 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "inner_optimizer must be a torch.optim.Optimizer, got SGD",
     ),
     "no differentiable optimiser": (
-        lambda: ridge_solver(hypergradient=hg.Unrolled(), inner_optimizer=lambda w: 0.1),
+        lambda: ridge_solver(method=hg.Unrolled(), inner_optimizer=lambda w: 0.1),
         TypeError,
         "inner_optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers",
     ),
     "schedule of ours": (
         lambda: ridge_solver(
-            hypergradient=hg.Unrolled(),
+            method=hg.Unrolled(),
             inner_optimizer=lambda w: hg.optimizers.SGD(lr=0.1),
             inner_scheduler=scheduler(),
         ),
@@ -214,7 +214,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "DARTS": (lambda: bl.DARTS(mode="sideways"), ValueError, "mode must be one of"),  # type: ignore[arg-type]
     "StocBiO": (lambda: bl.StocBiO(terms=0), ValueError, "terms must be at least 1"),
     "AmIGO": (lambda: bl.AmIGO(step=-1.0), ValueError, "step must be a finite number > 0"),
-    "Implicit": (lambda: bl.Implicit(3), TypeError, "solver must be a LinearSolver"),  # type: ignore[arg-type]
+    "Implicit": (lambda: hg.Implicit(3), TypeError, "solver must be a LinearSolver"),  # type: ignore[arg-type]
 }  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def test_a_value_that_is_not_finite_stops_the_loop_and_is_named(
     objectives: dict[str, Any] = {"inner": inner, "outer": outer}
     objectives[level] = Poison(objectives[level], call, how)
     solver = ridge_solver(
-        **objectives, hypergradient=method, inner_steps=1 if method is SINGLE else 2,
+        **objectives, method=method, inner_steps=1 if method is SINGLE else 2,
         inner_loader=[TRAIN] * 3, outer_steps=10, verify="never",
         callbacks=[bl.Checkpoint(tmp_path)],
     )  # fmt: skip
@@ -334,12 +334,15 @@ def test_an_outer_parameter_that_no_objective_uses_gets_zero_and_a_warning() -> 
     w = torch.zeros(FEATURES, dtype=torch.float64)
     decay = {"used": torch.zeros(FEATURES).double(), "spare": torch.ones(2).double()}
     solver = hg.BilevelSolver(
-        lambda w, h, b: inner(w, h["used"], b),
-        lambda w, h, b: outer(w, h["used"], b),
-        w, decay, inner_loader=[TRAIN], outer_loader=[VALIDATION],
-        inner_optimizer=torch.optim.SGD([w], lr=0.1),
-        outer_optimizer=torch.optim.SGD(list(decay.values()), lr=0.1), outer_steps=3,
-    )  # fmt: skip
+        hg.Level(lambda w, h, b: inner(w, h["used"], b), w, torch.optim.SGD([w], lr=0.1), [TRAIN]),
+        hg.Level(
+            lambda w, h, b: outer(w, h["used"], b),
+            decay,
+            torch.optim.SGD(list(decay.values()), lr=0.1),
+            [VALIDATION],
+        ),
+        outer_steps=3,
+    )
     with pytest.warns(hg.HypergradWarning, match=r"uses hparams\['spare'\]") as caught:
         solver.run()
     assert len(caught) == 1
@@ -469,12 +472,20 @@ def test_memory_stays_constant_over_ten_thousand_steps() -> None:
     """Tensors are counted, and bytes where the system tells: a row of the history is 200."""
     w, c = torch.zeros(1), torch.ones(1)
     solver = hg.BilevelSolver(
-        lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
-        lambda w, c, _: ((0.5 * (w - 1.0) ** 2).sum(), {"distance": (w - 1.0).abs()}),
-        w, c, inner_optimizer=torch.optim.SGD([w], lr=0.3, momentum=0.5),
-        outer_optimizer=torch.optim.Adam([c], lr=1e-4), outer_steps=10_000,
-        hypergradient=bl.T1T2(), callbacks=[bl.EarlyStopping(patience=10_000)],
-    )  # fmt: skip
+        hg.Level(
+            lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
+            w,
+            torch.optim.SGD([w], lr=0.3, momentum=0.5),
+        ),
+        hg.Level(
+            lambda w, c, _: ((0.5 * (w - 1.0) ** 2).sum(), {"distance": (w - 1.0).abs()}),
+            c,
+            torch.optim.Adam([c], lr=1e-4),
+        ),
+        outer_steps=10_000,
+        method=bl.T1T2(),
+        callbacks=[bl.EarlyStopping(patience=10_000)],
+    )
 
     def alive() -> int:
         gc.collect()

@@ -84,8 +84,8 @@ def test_progress_shows_losses_and_the_receipt_of_the_solve() -> None:
 def test_progress_shows_the_residual_of_a_solve_that_failed() -> None:
     screen = io.StringIO()
     bar = bl.ProgressBar(file=screen, mininterval=0.0, ncols=160)
-    method = bl.Implicit(hg.CG(maxiter=1), on_failure="ignore")
-    history = ridge_solver(hypergradient=method, callbacks=[bar]).run()
+    method = hg.CG(maxiter=1)
+    history = ridge_solver(method=method, on_failure="ignore", callbacks=[bar]).run()
     residual = f"MAX_ITERATIONS in 1, residual {history[-1]['relative_residual']:.0e}"
     assert screen.getvalue().rstrip().endswith(residual)
 
@@ -368,7 +368,7 @@ def test_the_history_is_a_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [hg.CG(), bl.DARTS(), hg.single_loop.F2SA()])
 def test_a_plot_shows_what_the_history_holds(tmp_path: Path, method: Any) -> None:
-    history = ridge_solver(hypergradient=method, outer_steps=5).run()
+    history = ridge_solver(method=method, outer_steps=5).run()
     path = tmp_path / "deep" / "history.png"
     figure = hg.plot(history, path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -106,7 +106,12 @@ def test_the_bound_holds_in_a_thousand_cases(
         "dense": hg.Dense(),
     }[method]
     result = hg.hypergradient(
-        p.inner, p.outer, p.params, p.hparams, solver=solver, mu=p.mu, on_failure="ignore"
+        p.inner,
+        p.outer,
+        p.params,
+        p.hparams,
+        method=hg.Implicit(solver, mu=p.mu),
+        on_failure="ignore",
     )
     bound = result.error_bound
     assert bound is not None
@@ -133,12 +138,14 @@ def test_known_problems(problem: Problem, maxiter: int) -> None:
     mu = float(torch.linalg.eigvalsh(H)[0])
     solver = hg.CG(rtol=1e-12, maxiter=maxiter)
     arguments = (problem.inner, problem.outer, problem.params, problem.hparams)
-    result = hg.hypergradient(*arguments, solver=solver, mu=mu, on_failure="ignore")
+    result = hg.hypergradient(*arguments, method=hg.Implicit(solver, mu=mu), on_failure="ignore")
     bound = result.error_bound
     assert bound is not None
     assert relative_error(result.grads, problem.hypergradient) <= bound.relative
     assert bound.absolute == bound.solve_term + bound.stationarity_term
-    estimated = hg.hypergradient(*arguments, solver=solver, mu="auto", on_failure="ignore")
+    estimated = hg.hypergradient(
+        *arguments, method=hg.Implicit(solver, mu="auto"), on_failure="ignore"
+    )
     assert estimated.error_bound is not None
     assert estimated.error_bound.estimated
     assert estimated.error_bound.mu == pytest.approx(mu, rel=0.5)
@@ -151,9 +158,13 @@ def test_each_term_says_what_takes_it_away() -> None:
     def bound(problem: Drawn, maxiter: int) -> hg.ErrorBound:
         solver = hg.CG(rtol=1e-13, maxiter=maxiter)
         result = hg.hypergradient(
-            problem.inner, problem.outer, problem.params, problem.hparams,
-            solver=solver, mu=problem.mu, on_failure="ignore",
-        )  # fmt: skip
+            problem.inner,
+            problem.outer,
+            problem.params,
+            problem.hparams,
+            method=hg.Implicit(solver, mu=problem.mu),
+            on_failure="ignore",
+        )
         assert result.error_bound is not None
         return result.error_bound
 
@@ -177,9 +188,16 @@ def test_damping_of_a_semidefinite_curvature_is_known() -> None:
     w = torch.linalg.solve(X.T @ X / 50, X.T @ y / 50 + 0.1)
     h = torch.full((5,), 0.1, dtype=torch.float64)
     result = hg.hypergradient(
-        inner, lambda w, h: w.square().sum(), w, h, damping=0.5, mu="auto",
-        curvature=lambda w, h: GaussNewton(lambda w, h: X @ w, loss, w, h),
-    )  # fmt: skip
+        inner,
+        lambda w, h: w.square().sum(),
+        w,
+        h,
+        method=hg.Implicit(
+            damping=0.5,
+            curvature=lambda w, h: GaussNewton(lambda w, h: X @ w, loss, w, h),
+            mu="auto",
+        ),
+    )
     bound = result.error_bound
     assert bound is not None
     assert (bound.source, bound.mu, bound.estimated) == ("operator", 0.5, False)
@@ -188,7 +206,7 @@ def test_damping_of_a_semidefinite_curvature_is_known() -> None:
     # Against the undamped problem the damping itself is the error, and a given μ counts it.
     mu = float(torch.linalg.eigvalsh(X.T @ X / 50)[0])
     against_undamped = hg.hypergradient(
-        inner, lambda w, h: w.square().sum(), w, h, damping=0.5, mu=mu
+        inner, lambda w, h: w.square().sum(), w, h, method=hg.Implicit(damping=0.5, mu=mu)
     )
     undamped = torch.linalg.solve(X.T @ X / 50, 2 * w)
     assert against_undamped.error_bound is not None
@@ -199,22 +217,30 @@ def test_damping_of_a_semidefinite_curvature_is_known() -> None:
 def test_without_positive_curvature_there_is_no_bound() -> None:
     p = mlp()
     result = hg.hypergradient(
-        p.inner, p.outer, p.params, p.hparams, solver=hg.MINRES(), mu="auto", on_failure="ignore"
+        p.inner,
+        p.outer,
+        p.params,
+        p.hparams,
+        method=hg.Implicit(hg.MINRES(), mu="auto"),
+        on_failure="ignore",
     )
     assert result.error_bound is not None
     assert result.error_bound.absolute == math.inf
     assert result.error_bound.estimated
     assert result.error_bound.mu < 0
-    assert hg.hypergradient(
-        p.inner, p.outer, p.params, p.hparams, damping=p.damping
-    ).error_bound is None  # fmt: skip
+    assert (
+        hg.hypergradient(
+            p.inner, p.outer, p.params, p.hparams, method=hg.Implicit(damping=p.damping)
+        ).error_bound
+        is None
+    )
 
 
 @pytest.mark.parametrize(("mu", "error"), [(0.0, ValueError), (-1.0, ValueError), ("x", TypeError)])
 def test_bad_mu_is_refused(mu: object, error: type[Exception]) -> None:
     p = ridge()
     with pytest.raises(error, match="mu must be"):
-        hg.hypergradient(p.inner, p.outer, p.params, p.hparams, mu=mu)  # type: ignore[arg-type]
+        hg.hypergradient(p.inner, p.outer, p.params, p.hparams, method=hg.Implicit(mu=mu))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("solver", [hg.CG(), hg.BlockCG(), hg.Neumann(terms=500)])
@@ -223,21 +249,21 @@ def test_automatic_damping_is_zero_unless_needed_and_says_what_it_chose(
 ) -> None:
     convex, saddle = ridge(), mlp()
     plain = hg.hypergradient(
-        convex.inner, convex.outer, convex.params, convex.hparams, solver=solver
+        convex.inner, convex.outer, convex.params, convex.hparams, method=solver
     )
     assert plain.damping == 0.0
     assert relative_error(plain.grads, convex.hypergradient) < 1e-2
     arguments = (saddle.inner, saddle.outer, saddle.params, saddle.hparams)
     # A network at random parameters has as much negative curvature as positive one.
     with pytest.warns(hg.DampingWarning, match="more than the largest curvature"):
-        result = hg.hypergradient(*arguments, solver=solver)
+        result = hg.hypergradient(*arguments, method=solver)
     assert not result.solve.status.failed
     H = hg.operators.hessian(*arguments[:1], *arguments[2:]).dense()
     lowest, highest = (float(v) for v in torch.linalg.eigvalsh(H)[[0, -1]])
     assert -lowest < result.damping < -3 * lowest + 0.05 * max(abs(lowest), highest)
-    same = hg.hypergradient(*arguments, solver=hg.Dense(), damping=result.damping)
+    same = hg.hypergradient(*arguments, method=hg.Implicit(hg.Dense(), damping=result.damping))
     assert relative_error(result.grads, same.grads) < 1e-1
     # The products of the failed attempt and of the estimate are counted too.
-    alone = hg.hypergradient(*arguments, solver=solver, damping=result.damping).solve
+    alone = hg.hypergradient(*arguments, method=hg.Implicit(solver, damping=result.damping)).solve
     assert result.solve.matvecs > alone.matvecs
     assert tr.is_finite(result.grads)

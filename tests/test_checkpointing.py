@@ -202,7 +202,9 @@ def gauss_newton(problem: Problem) -> Tensor:
 
 def averaged(problem: Problem) -> Tensor:
     mean = hg.Averaged(problem.f, [slice(0, 6), slice(6, 12)])
-    return hg.hypergradient(mean, problem.g, problem.theta, problem.phi, damping=20.0).grads
+    return hg.hypergradient(
+        mean, problem.g, problem.theta, problem.phi, method=hg.Implicit(damping=20.0)
+    ).grads
 
 
 def loop(problem: Problem, method: Any) -> Tensor:
@@ -211,11 +213,13 @@ def loop(problem: Problem, method: Any) -> Tensor:
     theta = {k: v.clone().requires_grad_() for k, v in problem.theta.items()}
     phi = problem.phi.clone().requires_grad_()
     solver = hg.BilevelSolver(
-        lambda w, h, _: problem.f(w, h), lambda w, h, _: problem.g(w, h), theta, phi,
-        inner_optimizer=torch.optim.SGD(theta.values(), 0.05),
-        outer_optimizer=torch.optim.SGD([phi], 0.1),
-        hypergradient=method, inner_steps=steps, outer_steps=2, seed=0,
-    )  # fmt: skip
+        hg.Level(lambda w, h, _: problem.f(w, h), theta, torch.optim.SGD(theta.values(), 0.05)),
+        hg.Level(lambda w, h, _: problem.g(w, h), phi, torch.optim.SGD([phi], 0.1)),
+        method=method,
+        inner_steps=steps,
+        outer_steps=2,
+        seed=0,
+    )
     solver.run()
     return torch.cat([phi.detach().reshape(1), theta["second.bias"].detach().reshape(-1)])
 
@@ -278,7 +282,9 @@ def test_each_call_of_a_module_recomputes_with_its_own_parameters() -> None:
             apart = problem.outputs(params, problem.x) - problem.outputs(shifted, problem.x)
             return problem.f(params, phi) + apart.square().mean()
 
-        return hg.hypergradient(f, problem.g, problem.theta, problem.phi, damping=20.0).grads
+        return hg.hypergradient(
+            f, problem.g, problem.theta, problem.phi, method=hg.Implicit(damping=20.0)
+        ).grads
 
     same(both, Block)
 
@@ -466,9 +472,9 @@ def test_somebody_elses_replacement_made_meanwhile_stays() -> None:
 
     try:
         given = problem.g, problem.theta, problem.phi
-        found = hg.hypergradient(wrapping, *given, damping=20.0).grads
+        found = hg.hypergradient(wrapping, *given, method=hg.Implicit(damping=20.0)).grads
         assert module._CheckpointFrame is counted[-1]
-        again = hg.hypergradient(wrapping, *given, damping=20.0).grads
+        again = hg.hypergradient(wrapping, *given, method=hg.Implicit(damping=20.0)).grads
         assert len(counted) == 1 or module._CheckpointFrame is not plain
     finally:
         module._CheckpointFrame = plain

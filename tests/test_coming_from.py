@@ -127,7 +127,7 @@ def test_the_solver_class_of_0_0_1_and_the_loop_of_today_are_a_loop_by_hand(
 
 def test_neumann_is_that_of_0_0_1(page: dict[str, Any]) -> None:
     old = page["run_old_solver"](partial(neumann, num_iters=30, lr=0.5))
-    method = hg.bilevel.Implicit(hg.Neumann(terms=31, step=0.5, rtol=0.0), warm_start=False)
+    method = hg.Implicit(hg.Neumann(terms=31, step=0.5, rtol=0.0), warm_start=False)
     new = page["run_new_solver"](method, warmup_steps=1)
     by_hand = loop(page, series(31, 0.5), first=101, reset=False)
     assert relative_error(old, by_hand) < CLOSE
@@ -221,7 +221,7 @@ def test_the_tables_of_conjugate_gradient(
         return [
             relative_error(
                 hg.hypergradient(
-                    page["inner"], page["outer"], w, decay, solver=solver, on_failure="ignore"
+                    page["inner"], page["outer"], w, decay, method=solver, on_failure="ignore"
                 ).grads,
                 -w * torch.linalg.solve(H, b),
             )
@@ -262,7 +262,7 @@ def test_betty(page: dict[str, Any]) -> None:
     assert (slipped - truths["cg"]).norm().item() == pytest.approx(0.0094, abs=5e-5)
     assert "ends 0.0013 from where an exact solve leads, in place of 0.0024" in PROSE
     four = hg.Neumann(terms=4, step=1.0, rtol=0.0)
-    warm_start = hg.bilevel.Implicit(four, warm_start=True)
+    warm_start = hg.Implicit(four, warm_start=True)
     warm = page["run_new_solver"](warm_start, restart="initial")
     assert (warm - truths["cg"]).norm().item() == pytest.approx(0.0013, abs=5e-5)
     assert (truths["neumann"] - truths["cg"]).norm().item() == pytest.approx(0.0024, abs=5e-5)
@@ -510,7 +510,7 @@ def test_boat(page: dict[str, Any]) -> None:
     by_hand, truth = unrolled_ridge(page, twos, 0.0, 50, 100)
     assert relative_error(page["truncated"].grads, by_hand) < CLOSE
     ours = hg.hypergradient(
-        page["ridge"], page["ridge_outer"], page["solve_ridge"](zeros), zeros, solver=hg.CG(1e-10)
+        page["ridge"], page["ridge_outer"], page["solve_ridge"](zeros), zeros, method=hg.CG(1e-10)
     ).grads
     assert relative_error(ours, truth) < 1e-9
     # boat-torch 1.1.1, Problem with gm_op=["NGD"]: na_op=["CG"], k=50, one step from θ*; and

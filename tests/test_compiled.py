@@ -223,15 +223,17 @@ def loop(method: Any) -> Tensor:
     w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     phi = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
     hg.BilevelSolver(
-        lambda w, p, _: (X @ w - 1.0).square().mean() + p.exp() * w.square().sum(),
-        lambda w, p, _: (X[:6] @ w - 0.5).square().mean(),
-        w,
-        phi,
-        inner_optimizer=torch.optim.SGD([w], lr=0.05)
-        if isinstance(method, hg.bilevel.Implicit)
-        else hg.optimizers.SGD(lr=0.05),
-        outer_optimizer=torch.optim.SGD([phi], lr=0.5),
-        hypergradient=method,
+        hg.Level(
+            lambda w, p, _: (X @ w - 1.0).square().mean() + p.exp() * w.square().sum(),
+            w,
+            torch.optim.SGD([w], lr=0.05)
+            if isinstance(method, hg.bilevel.Implicit)
+            else hg.optimizers.SGD(lr=0.05),
+        ),
+        hg.Level(
+            lambda w, p, _: (X[:6] @ w - 0.5).square().mean(), phi, torch.optim.SGD([phi], lr=0.5)
+        ),
+        method=method,
         inner_steps=4,
         outer_steps=3,
     ).run()

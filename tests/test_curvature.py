@@ -156,10 +156,16 @@ def test_gauss_newton_gives_the_hypergradient_of_its_own_system() -> None:
     inner = lambda w, h: loss(model(w, h), h) + decay(w, h)  # noqa: E731
     outer = lambda w, h: model(w, h).square().mean()  # noqa: E731
     result = hg.hypergradient(
-        inner, outer, PARAMS, DECAY,
-        curvature=lambda w, h: GaussNewton(model, loss, w, h, regulariser=decay),
-        damping=0.1, solver=hg.CG(rtol=1e-12),
-    )  # fmt: skip
+        inner,
+        outer,
+        PARAMS,
+        DECAY,
+        method=hg.Implicit(
+            hg.CG(rtol=1e-12),
+            damping=0.1,
+            curvature=lambda w, h: GaussNewton(model, loss, w, h, regulariser=decay),
+        ),
+    )
     theta, unravel = tree_ravel(PARAMS)
     G = dense_gauss_newton(True) + 0.1 * torch.eye(40, dtype=torch.float64)
     b = torch.func.grad(flat(outer)[1])(theta)
@@ -231,10 +237,14 @@ def test_bad_functions_are_refused(build: Callable, error: type[Exception], word
 def test_curvature_must_be_an_operator_of_the_right_space() -> None:
     p = mlp()
     with pytest.raises(TypeError, match=r"curvature must return a hypergrad.operators.LinearOp"):
-        hg.hypergradient(p.inner, p.outer, p.params, p.hparams, curvature=lambda w, h: 3)
+        hg.hypergradient(
+            p.inner, p.outer, p.params, p.hparams, method=hg.Implicit(curvature=lambda w, h: 3)
+        )
     wrong = hg.operators.Matrix(torch.eye(3))
     with pytest.raises(ValueError, match="the vectors of curvature's operator must have"):
-        hg.hypergradient(p.inner, p.outer, p.params, p.hparams, curvature=lambda w, h: wrong)
+        hg.hypergradient(
+            p.inner, p.outer, p.params, p.hparams, method=hg.Implicit(curvature=lambda w, h: wrong)
+        )
 
 
 def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:

@@ -136,11 +136,13 @@ def test_a_loop_over_a_transformer_by_all_defaults_never_has_a_zero_hypergradien
         return losses(p, text[60:]).mean()
 
     solver = hg.BilevelSolver(
-        f, g, model, weights,
-        inner_optimizer=torch.optim.Adam(model.parameters(), 3e-3),
-        outer_optimizer=torch.optim.Adam([weights], 0.3),
-        inner_steps=5, outer_steps=10, warmup_steps=80, seed=0,
-    )  # fmt: skip
+        hg.Level(f, model, torch.optim.Adam(model.parameters(), 3e-3)),
+        hg.Level(g, weights, torch.optim.Adam([weights], 0.3)),
+        inner_steps=5,
+        outer_steps=10,
+        warmup_steps=80,
+        seed=0,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hg.DampingWarning)
         history = solver.run()
@@ -153,7 +155,7 @@ def test_a_loop_over_a_transformer_by_all_defaults_never_has_a_zero_hypergradien
 @pytest.mark.parametrize("problem", [ridge(), quadratic(60, 1e4)], ids=lambda p: p.name)
 def test_positive_definite_problems_keep_every_bit_and_product(problem: Any) -> None:
     arguments = (problem.inner, problem.outer, problem.params, problem.hparams)
-    plain = hg.hypergradient(*arguments, damping=0.0, verify="never")
+    plain = hg.hypergradient(*arguments, method=hg.Implicit(damping=0.0), verify="never")
     default = hg.hypergradient(*arguments, verify="never")
     assert default.damping == 0.0
     assert default.solve.matvecs == plain.solve.matvecs
@@ -281,14 +283,21 @@ def test_a_solve_of_nothing_says_so_and_what_to_type() -> None:
 
     w = c = torch.ones(2)
     with pytest.warns(hg.LinearSolveWarning) as caught:
-        result = hg.hypergradient(inner, lambda w, c: w.sum() + c.sum(), w, c, damping=0.0)
+        result = hg.hypergradient(
+            inner, lambda w, c: w.sum() + c.sum(), w, c, method=hg.Implicit(damping=0.0)
+        )
     words = str(caught[0].message)
     assert "damping='auto'" in words
     assert "the hypergradient is ∂g/∂φ alone" in words
     assert torch.equal(result.grads, torch.ones(2))
     with pytest.raises(hg.LinearSolveError, match="nothing was solved"):
         hg.hypergradient(
-            inner, lambda w, c: w.sum() + c.sum(), w, c, damping=0.0, on_failure="raise"
+            inner,
+            lambda w, c: w.sum() + c.sum(),
+            w,
+            c,
+            method=hg.Implicit(damping=0.0),
+            on_failure="raise",
         )
 
 
@@ -307,7 +316,7 @@ def saddle_solver(**options: Any) -> hg.BilevelSolver:
         "outer_optimizer": torch.optim.SGD([c], lr=0.01),
         "inner_steps": 2, "outer_steps": 12, "seed": 0,
     }  # fmt: skip
-    return hg.BilevelSolver(inner, outer, w, c, **(arguments | options))
+    return hg.BilevelSolver(hg.Level(inner, w), hg.Level(outer, c), **arguments | options)
 
 
 def test_a_resumed_loop_remembers_its_damping(tmp_path: Path) -> None:
@@ -333,7 +342,7 @@ def test_a_resumed_loop_remembers_its_damping(tmp_path: Path) -> None:
 def test_the_damping_of_a_step_is_in_its_record() -> None:
     solver = ridge_solver()
     assert [record["damping"] for record in solver] == [0.0, 0.0, 0.0]
-    fixed = ridge_solver(hypergradient=hg.bilevel.Implicit(damping=0.5))
+    fixed = ridge_solver(method=hg.Implicit(damping=0.5))
     assert fixed.step()["damping"] == 0.5
 
 
@@ -349,8 +358,8 @@ def test_one_memory_serves_many_calls() -> None:
     auto = AutoDamping()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hg.DampingWarning)
-        first = hg.hypergradient(*arguments, damping=auto)
-        second = hg.hypergradient(*arguments, damping=auto, x0=first.solve.x)
+        first = hg.hypergradient(*arguments, method=hg.Implicit(damping=auto))
+        second = hg.hypergradient(*arguments, method=hg.Implicit(damping=auto), x0=first.solve.x)
     assert second.damping > 0.0
     assert second.solve.converged
     assert second.solve.matvecs < first.solve.matvecs

@@ -53,7 +53,7 @@ def test_an_average_is_looked_at_and_a_stream_is_left_alone() -> None:
     with pytest.warns(hg.HypergradWarning, match="learning_rate"):
         hg.hypergradient(average, g, W, phi())
     stream = hg.Sampled(lambda w, h, batch: f(w, h) * batch, [torch.tensor(1.0)] * 3)
-    hg.hypergradient(stream, g, W, phi(), solver=hg.StochasticNeumann(3, 0.2))
+    hg.hypergradient(stream, g, W, phi(), method=hg.StochasticNeumann(3, 0.2))
 
 
 def test_a_zero_that_is_used_and_what_is_asked_to_be_ignored_are_not_told() -> None:
@@ -81,10 +81,10 @@ def test_a_loop_tells_once() -> None:
     w, h = torch.zeros(2), phi()
     with pytest.warns(hg.HypergradWarning, match="learning_rate") as seen:
         hg.BilevelSolver(
-            lambda w, h, _: f(w, h), lambda w, h, _: g(w, h), w, h, outer_steps=2,
-            inner_optimizer=torch.optim.SGD([w], 0.1),
-            outer_optimizer=torch.optim.SGD([*h.values()], 0.1),
-        ).run()  # fmt: skip
+            hg.Level(lambda w, h, _: f(w, h), w, torch.optim.SGD([w], 0.1)),
+            hg.Level(lambda w, h, _: g(w, h), h, torch.optim.SGD([*h.values()], 0.1)),
+            outer_steps=2,
+        ).run()
     assert len(seen) == 1
 
 

@@ -212,7 +212,7 @@ def test_a_tolerance_is_recommended_that_leaves_an_error_of_one_percent() -> Non
     rtol = re.search(r"hg\.CG\(rtol=(1e-\d+)", report.recommendation)
     assert rtol is not None
     tight = hg.hypergradient(
-        inner, outer, torch.ones_like(diagonal), c, solver=hg.CG(rtol=float(rtol[1]))
+        inner, outer, torch.ones_like(diagonal), c, method=hg.CG(rtol=float(rtol[1]))
     ).grads
-    exact = hg.hypergradient(inner, outer, torch.ones_like(diagonal), c, solver=hg.Dense()).grads
+    exact = hg.hypergradient(inner, outer, torch.ones_like(diagonal), c, method=hg.Dense()).grads
     assert (tight - exact).norm() < 1e-2 * exact.norm()

@@ -37,7 +37,11 @@ def test_damping_stands_for_training_that_ended_early() -> None:
 
     def error(damping: float) -> float:
         found = hg.hypergradient(
-            problem.inner, problem.outer, theta, phi, solver=hg.CG(rtol=1e-4), damping=damping
+            problem.inner,
+            problem.outer,
+            theta,
+            phi,
+            method=hg.Implicit(hg.CG(rtol=1e-4), damping=damping),
         ).grads
         return float((found - exact).norm() / exact.norm())
 
@@ -49,7 +53,7 @@ def test_in_the_synthetic_problem_nystroem_is_ahead_by_the_length_of_its_gradien
     phi = problem.start
     theta = decay_budget.train(problem, phi)
     exact, nystrom = (
-        hg.hypergradient(problem.inner, problem.outer, theta, phi, solver=solver).grads
+        hg.hypergradient(problem.inner, problem.outer, theta, phi, method=solver).grads
         for solver in (hg.Dense(), hg.Nystrom(rank=10, rho=0.1, test="gaussian"))
     )
     assert nystrom.norm() > 5.0 * exact.norm()

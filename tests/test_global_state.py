@@ -59,9 +59,14 @@ def test_eight_threads_leave_pytorch_as_it_was() -> None:
             try:
                 solver = hg.CG(maxiter=1)
                 result = hg.hypergradient(
-                    f, g, params, torch.tensor(0.0), solver=solver, on_failure="ignore",
-                    verify="never", damping=1.0,
-                )  # fmt: skip
+                    f,
+                    g,
+                    params,
+                    torch.tensor(0.0),
+                    method=hg.Implicit(solver, damping=1.0),
+                    on_failure="ignore",
+                    verify="never",
+                )
             except (ValueError, Stopped):
                 continue
             found.append(result.grads)

@@ -31,8 +31,7 @@ def test_every_solver_converges_to_the_exact_hypergradient(
         problem.outer,
         problem.params,
         problem.hparams,
-        solver=make_solver(problem),
-        damping=problem.damping,
+        method=hg.Implicit(make_solver(problem), damping=problem.damping),
     )
     assert not result.solve.status.failed
     assert relative_error(result.grads, problem.hypergradient) < 1e-8
@@ -47,8 +46,7 @@ def test_float32_agrees_to_what_its_precision_allows(make: Callable[[], Problem]
         single.outer,
         single.params,
         single.hparams,
-        solver=hg.CG(rtol=1e-7),
-        damping=single.damping,
+        method=hg.Implicit(hg.CG(rtol=1e-7), damping=single.damping),
         on_failure="ignore",
     )
     assert result.solve.status in (hg.Status.CONVERGED, hg.Status.STAGNATED)
@@ -68,8 +66,7 @@ def test_half_precision_is_sensible(make: Callable[[], Problem], dtype: torch.dt
         half.outer,
         half.params,
         half.hparams,
-        solver=hg.CG(rtol=1e-2),
-        damping=half.damping,
+        method=hg.Implicit(hg.CG(rtol=1e-2), damping=half.damping),
         on_failure="ignore",
     )
     assert all(leaf.dtype == dtype for leaf in optree.tree_leaves(result.grads))
@@ -86,7 +83,7 @@ def test_half_precision_is_sensible(make: Callable[[], Problem], dtype: torch.dt
 def test_every_method_in_bfloat16_is_near_itself_in_float64(solver: hg.LinearSolver) -> None:
     double, half = ridge(), ridge().to(torch.bfloat16)
     grads = [
-        hg.hypergradient(p.inner, p.outer, p.params, p.hparams, solver=solver).grads
+        hg.hypergradient(p.inner, p.outer, p.params, p.hparams, method=solver).grads
         for p in (double, half)
     ]
     # Eight bits an operation, and some twenty operations deep.
@@ -109,10 +106,10 @@ def test_modes_agree(make: Callable[[], Problem]) -> None:
             problem.outer,
             problem.params,
             problem.hparams,
-            solver=hg.CG(rtol=max(tolerance / 100, 1e-11)),
-            damping=problem.damping,
+            method=hg.Implicit(
+                hg.CG(rtol=max(tolerance / 100, 1e-11)), damping=problem.damping, mode=mode
+            ),
             on_failure="ignore",
-            mode=mode,  # type: ignore[arg-type]
         )
         assert relative_error(result.grads, problem.hypergradient) < tolerance, mode
 
@@ -145,7 +142,7 @@ def test_results_have_the_structure_of_the_trees(wrap: Callable, name: str) -> N
         lambda w, h: problem.outer(flat(w), h["phi"][0]),
         params,
         hparams,
-        solver=solver,
+        method=solver,
     )
     assert optree.tree_structure(result.grads) == optree.tree_structure(hparams)
     assert optree.tree_structure(result.solve.x) == optree.tree_structure(params)
@@ -206,7 +203,7 @@ def test_outer_parameters_that_only_g_uses_or_nobody() -> None:
             lambda w, h: problem.outer(w, h["decay"]) + h["only_outer"].square().sum(),
             problem.params,
             hparams,
-            solver=hg.CG(rtol=1e-12),
+            method=hg.CG(rtol=1e-12),
         )
     assert relative_error(result.grads["decay"], problem.hypergradient) < 1e-9
     assert torch.equal(result.grads["only_outer"], 2 * hparams["only_outer"])
@@ -217,7 +214,11 @@ def test_outer_parameters_that_only_g_uses_or_nobody() -> None:
 def test_an_inner_objective_that_ignores_the_outer_parameters(mode: hg.operators.Mode) -> None:
     w, phi = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
     result = hg.hypergradient(
-        lambda w, p: w.square().sum(), lambda w, p: (w.sum() * p).sum(), w, phi, mode=mode
+        lambda w, p: w.square().sum(),
+        lambda w, p: (w.sum() * p).sum(),
+        w,
+        phi,
+        method=hg.Implicit(mode=mode),
     )
     assert torch.equal(result.grads, torch.tensor([3.0]))
 
@@ -235,7 +236,7 @@ def test_a_parameter_that_the_inner_objective_does_not_use_is_reported() -> None
     assert fine.grads.item() == pytest.approx(2.0)
     both = (inner, lambda w, p: w["used"].sum() + w["unused"].sum(), params, phi)
     with pytest.warns(hg.LinearSolveWarning, match="singular along a direction"):
-        broken = hg.hypergradient(*both, damping=0.0)
+        broken = hg.hypergradient(*both, method=hg.Implicit(damping=0.0))
     assert broken.solve.status is hg.Status.BREAKDOWN
     assert broken.solve.relative_residual < 1.0
     # By default H is made regular by a damping that is small beside it.
@@ -250,11 +251,11 @@ def test_a_failed_solve_warns_raises_or_is_ignored() -> None:
     arguments = (problem.inner, problem.outer, problem.params, problem.hparams)
     solver = hg.CG(rtol=1e-10, maxiter=3)
     with pytest.warns(hg.LinearSolveWarning, match="CG failed: MAX_ITERATIONS: 3 iterations"):
-        warned = hg.hypergradient(*arguments, solver=solver)
-    ignored = hg.hypergradient(*arguments, solver=solver, on_failure="ignore")
+        warned = hg.hypergradient(*arguments, method=solver)
+    ignored = hg.hypergradient(*arguments, method=solver, on_failure="ignore")
     assert torch.equal(warned.grads, ignored.grads)
     with pytest.raises(hg.LinearSolveError, match="raise maxiter") as caught:
-        hg.hypergradient(*arguments, solver=solver, on_failure="raise")
+        hg.hypergradient(*arguments, method=solver, on_failure="raise")
     assert caught.value.solution.iterations == 3
 
 

@@ -103,10 +103,8 @@ def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
         "outer_optimizer": torch.optim.SGD([c], 0.1),
     }
     return hg.BilevelSolver(
-        lambda w, c, _: f(w, c),
-        lambda w, c, _: g(w, c),
-        w,
-        c,
+        hg.Level(lambda w, c, _: f(w, c), w),
+        hg.Level(lambda w, c, _: g(w, c), c),
         outer_steps=2,
         **optimizers | options,
     )
@@ -115,9 +113,9 @@ def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"hypergradient": hg.CG}, "got the class CG; make one: hg.CG(...)"),
+        ({"method": hg.CG}, "got the class CG; make one: hg.CG(...)"),
         (
-            {"hypergradient": hg.single_loop.SOBA},
+            {"method": hg.single_loop.SOBA},
             "got the class SOBA; make one: hg.single_loop.SOBA(...)",
         ),
         (
@@ -125,7 +123,7 @@ def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
             "got the class SGD; make one: torch.optim.SGD(...)",
         ),
         (
-            {"inner_optimizer": hg.optimizers.Adam, "hypergradient": hg.Unrolled()},
+            {"inner_optimizer": hg.optimizers.Adam, "method": hg.Unrolled()},
             "got the class Adam; make one: hg.optimizers.Adam(...)",
         ),
         (
@@ -176,7 +174,7 @@ def test_prepared_optimisers_and_schedulers_are_taken(
         make = torch.optim.lr_scheduler.ExponentialLR
         if not prepare:
             solver = loop(
-                w, c, inner_optimizer=inner, outer_optimizer=outer, hypergradient=method,
+                w, c, inner_optimizer=inner, outer_optimizer=outer, method=method,
                 inner_scheduler=make(inner, 0.5),
             )  # fmt: skip
         else:
@@ -185,7 +183,7 @@ def test_prepared_optimisers_and_schedulers_are_taken(
             schedule = make(wrapped if of_wrapped else inner, 0.5)
             prepared = SimpleNamespace(scheduler=schedule, optimizers=[wrapped])
             solver = loop(
-                w, c, inner_optimizer=wrapped, outer_optimizer=wrap(outer), hypergradient=method,
+                w, c, inner_optimizer=wrapped, outer_optimizer=wrap(outer), method=method,
                 inner_scheduler=prepared,
             )  # fmt: skip
         solver.run()
@@ -235,7 +233,7 @@ def test_sparse_gradients_are_told_where_they_cannot_be_right(mode: Any) -> None
     params, phi = dict(model.named_parameters()), torch.tensor(-1.0, dtype=torch.float64)
     errors = hg.DoubleBackwardError, hg.ForwardModeError, hg.CompilationError
     with pytest.raises(errors, match=r"nn\.Embedding\(sparse=True\)"):
-        hg.hypergradient(inner, outer, params, phi, mode=mode)
+        hg.hypergradient(inner, outer, params, phi, method=hg.Implicit(mode=mode))
 
 
 @pytest.mark.filterwarnings("ignore::hypergrad.DoubleBackwardWarning")
@@ -250,10 +248,16 @@ def test_sparse_gradients_in_argmin_and_in_training_are_right() -> None:
         slopes.append(c.grad)
         c = torch.tensor(-1.0, dtype=torch.float64)
         hg.BilevelSolver(
-            lambda p, c, _, f=inner: f(p, c), lambda p, c, _, g=outer: g(p, c), model, c,
-            inner_optimizer=torch.optim.Adam(model.parameters()), inner_steps=3, outer_steps=2,
-            outer_optimizer=torch.optim.Adam([c]), clip_inner=1.0,
-        ).run()  # fmt: skip
+            hg.Level(
+                lambda p, c, _, f=inner: f(p, c),
+                model,
+                torch.optim.Adam(model.parameters()),
+                clip=1.0,
+            ),
+            hg.Level(lambda p, c, _, g=outer: g(p, c), c, torch.optim.Adam([c])),
+            inner_steps=3,
+            outer_steps=2,
+        ).run()
         trained.append(model[0].weight.detach())
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-9, atol=1e-12)
@@ -282,14 +286,14 @@ def test_distances_at_zero_go_on_with_finite_differences(distance: Any) -> None:
         return K.logdet() + K.inverse().sum() + w.square().sum()
 
     w, p = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), torch.tensor(0.0).double()
-    expected = hg.hypergradient(squares, g, w, p, damping=5.0).grads
+    expected = hg.hypergradient(squares, g, w, p, method=hg.Implicit(damping=5.0)).grads
     with pytest.warns(hg.DoubleBackwardWarning, match="finite differences") as seen:
-        found = hg.hypergradient(inner, g, w, p, damping=5.0)
+        found = hg.hypergradient(inner, g, w, p, method=hg.Implicit(damping=5.0))
     assert len(seen) == 1
     torch.testing.assert_close(found.grads, expected, rtol=1e-5, atol=1e-8)
     if distance is by_hand:
         with pytest.warns(hg.LinearSolveWarning, match="or use mode='finite-difference'"):
-            hg.hypergradient(inner, g, w, p, damping=5.0, mode="reverse")
+            hg.hypergradient(inner, g, w, p, method=hg.Implicit(damping=5.0, mode="reverse"))
 
 
 def test_norms_at_zero_are_multiplied_in_blocks_too() -> None:

@@ -62,10 +62,14 @@ def trained(make: Any, method: Any, **options: Any) -> tuple[Any, Any, Tensor]:
     optimizer = make(w)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     solver = hg.BilevelSolver(
-        inner, outer, w, c, inner_loader=[TRAIN], outer_loader=[TRAIN], inner_optimizer=optimizer,
-        inner_scheduler=scheduler, outer_optimizer=torch.optim.SGD([c], lr=0.0),
-        hypergradient=method, inner_steps=3, outer_steps=2, seed=0, **options,
-    )  # fmt: skip
+        hg.Level(inner, w, optimizer, [TRAIN], scheduler=scheduler),
+        hg.Level(outer, c, torch.optim.SGD([c], lr=0.0), [TRAIN]),
+        method=method,
+        inner_steps=3,
+        outer_steps=2,
+        seed=0,
+        **options,
+    )
     solver.run()
     solver.train(2)
     return optimizer, scheduler, w
@@ -103,11 +107,13 @@ def test_a_resumed_loop_brings_its_optimiser_along(tmp_path: Path) -> None:
         optimizer = torch.optim.SGD([w], lr=0.05, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4)
         solver = hg.BilevelSolver(
-            inner, outer, w, c, inner_loader=[TRAIN], outer_loader=[TRAIN],
-            inner_optimizer=optimizer, inner_scheduler=scheduler,
-            outer_optimizer=torch.optim.SGD([c], lr=0.1), hypergradient=hg.Unrolled(),
-            inner_steps=3, outer_steps=steps, seed=0,
-        )  # fmt: skip
+            hg.Level(inner, w, optimizer, [TRAIN], scheduler=scheduler),
+            hg.Level(outer, c, torch.optim.SGD([c], lr=0.1), [TRAIN]),
+            method=hg.Unrolled(),
+            inner_steps=3,
+            outer_steps=steps,
+            seed=0,
+        )
         solver.resume(tmp_path)
         ends.append((optimizer, scheduler))
         if steps == 2:
@@ -135,7 +141,7 @@ def test_a_warm_start_where_the_solver_says_that_it_gains(name: str) -> None:
     assert solver.gains_from_x0 == gains
     counts = [
         ridge_solver(
-            hypergradient=bl.Implicit(solver, warm_start=warm, on_failure="ignore"), inner_steps=5
+            method=hg.Implicit(solver, warm_start=warm), on_failure="ignore", inner_steps=5
         ).run()["matvecs"]
         for warm in (None, gains)
     ]
@@ -168,7 +174,7 @@ AHEAD: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def test_darts_looks_ahead_by_the_step_that_trains(name: str) -> None:
     """Against differences of g after one more step of the optimiser itself."""
     solver = ridge_solver(
-        hypergradient=bl.DARTS(mode="reverse"), inner_optimizer=AHEAD[name], inner_steps=3,
+        method=bl.DARTS(mode="reverse"), inner_optimizer=AHEAD[name], inner_steps=3,
         outer_steps=1,
     )  # fmt: skip
     solver.run()
@@ -199,7 +205,7 @@ def test_darts_looks_ahead_by_the_step_that_trains(name: str) -> None:
 
 def test_darts_says_where_it_cannot() -> None:
     solver = ridge_solver(
-        hypergradient=bl.DARTS(), inner_optimizer=lambda w: torch.optim.LBFGS([w], lr=0.1),
+        method=bl.DARTS(), inner_optimizer=lambda w: torch.optim.LBFGS([w], lr=0.1),
         outer_steps=1,
     )  # fmt: skip
     with pytest.warns(hg.HypergradWarning, match="gradient descent, since LBFGS has no"):
@@ -232,13 +238,13 @@ def test_clipping_is_a_part_of_the_unrolled_step(memory: Any) -> None:
 
 def test_clipped_steps_in_the_loop_are_those_of_training() -> None:
     clipped = [
-        ridge_solver(hypergradient=method, clip_inner=0.3, inner_steps=4, outer_steps=1)
+        ridge_solver(method=method, inner_clip=0.3, inner_steps=4, outer_steps=1)
         for method in (hg.Unrolled(), bl.T1T2())
     ]
     for solver in clipped:
         solver.run()
     torch.testing.assert_close(clipped[0].params, clipped[1].params, rtol=1e-12, atol=0)
-    free = ridge_solver(hypergradient=hg.Unrolled(), inner_steps=4, outer_steps=1)
+    free = ridge_solver(method=hg.Unrolled(), inner_steps=4, outer_steps=1)
     free.run()
     assert relative_error(free.params, clipped[0].params) > 0.01
 
@@ -247,10 +253,16 @@ def overshooting(**options: Any) -> hg.BilevelSolver:
     """φ jumps past its best and away: g falls, then rises without end."""
     w, c = torch.zeros(1), torch.full((1,), 3.0)
     return hg.BilevelSolver(
-        lambda w, c, _: (w - c).square().sum(), lambda w, c, _: (w - 1).square().sum() + 0.01,
-        w, c, inner_optimizer=torch.optim.SGD([w], 0.5),
-        outer_optimizer=torch.optim.SGD([c], 0.1, momentum=1.1), outer_steps=20, seed=0, **options,
-    )  # fmt: skip
+        hg.Level(lambda w, c, _: (w - c).square().sum(), w, torch.optim.SGD([w], 0.5)),
+        hg.Level(
+            lambda w, c, _: (w - 1).square().sum() + 0.01,
+            c,
+            torch.optim.SGD([c], 0.1, momentum=1.1),
+        ),
+        outer_steps=20,
+        seed=0,
+        **options,
+    )
 
 
 def test_a_loop_that_leaves_its_best_behind_says_so_once() -> None:
@@ -324,9 +336,14 @@ def test_hard_batches_are_no_rise() -> None:
     """One batch of three is a hundred times as hard as the others."""
     w, c = torch.zeros(1), torch.full((1,), 3.0)
     solver = hg.BilevelSolver(
-        lambda w, c, _: (w - c).square().sum(), lambda w, c, k: k * (w - 1).square().sum() + k,
-        w, c, outer_loader=[torch.tensor(float(k)) for k in (1, 100, 1)],
-        inner_optimizer=torch.optim.SGD([w], 0.5),
-        outer_optimizer=torch.optim.SGD([c], 1e-4), outer_steps=12, seed=0,
-    )  # fmt: skip
+        hg.Level(lambda w, c, _: (w - c).square().sum(), w, torch.optim.SGD([w], 0.5)),
+        hg.Level(
+            lambda w, c, k: k * (w - 1).square().sum() + k,
+            c,
+            torch.optim.SGD([c], 1e-4),
+            [torch.tensor(float(k)) for k in (1, 100, 1)],
+        ),
+        outer_steps=12,
+        seed=0,
+    )
     solver.run()

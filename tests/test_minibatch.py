@@ -70,7 +70,7 @@ def test_hypergradients_over_loaders_are_those_of_all_data(keep_graphs: bool) ->
     loader = DataLoader(TensorDataset(X, Y), batch_size=9, shuffle=True)
     validation = DataLoader(TensorDataset(X_VAL, Y_VAL), batch_size=16)
     expected = hg.hypergradient(
-        whole, lambda w, d: outer(w, d, (X_VAL, Y_VAL)), W, DECAY, solver=hg.CG(rtol=1e-10)
+        whole, lambda w, d: outer(w, d, (X_VAL, Y_VAL)), W, DECAY, method=hg.CG(rtol=1e-10)
     )
     before = torch.get_rng_state()
     result = hg.hypergradient(
@@ -78,7 +78,7 @@ def test_hypergradients_over_loaders_are_those_of_all_data(keep_graphs: bool) ->
         hg.Averaged(outer, validation, weight=weight),
         W,
         DECAY,
-        solver=hg.CG(rtol=1e-10),
+        method=hg.CG(rtol=1e-10),
     )
     assert torch.equal(torch.get_rng_state(), before), "a shuffling loader draws in private"
     assert result.outer_value == pytest.approx(expected.outer_value)
@@ -183,14 +183,14 @@ def test_a_sampled_objective_takes_the_next_batch_each_time() -> None:
 def test_stochastic_solvers_are_right_on_average(solver: hg.LinearSolver) -> None:
     """The mean of many runs tends to the exact answer; a fixed operator gives it at once."""
     validation = lambda w, d: outer(w, d, (X_VAL, Y_VAL))  # noqa: E731
-    exact = hg.hypergradient(whole, validation, W, DECAY, solver=hg.Dense()).grads
-    at_once = hg.hypergradient(whole, validation, W, DECAY, solver=solver).grads
+    exact = hg.hypergradient(whole, validation, W, DECAY, method=hg.Dense()).grads
+    at_once = hg.hypergradient(whole, validation, W, DECAY, method=solver).grads
     assert relative_error(at_once, exact) < 1e-2
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(X, Y), batch_size=20, shuffle=True, generator=generator)
     sampled = hg.Sampled(inner, loader)
     runs = torch.stack(
-        [hg.hypergradient(sampled, validation, W, DECAY, solver=solver).grads for _ in range(40)]
+        [hg.hypergradient(sampled, validation, W, DECAY, method=solver).grads for _ in range(40)]
     )
     error = relative_error(runs.mean(0), exact)
     spread = float(runs.std(0).norm() / exact.norm()) / 40**0.5
@@ -209,7 +209,7 @@ def test_averaging_the_iterates_of_sgd_takes_noise_away() -> None:
         solver = hg.SGDSolve(200, average=average)
         solves = torch.stack(
             [
-                hg.hypergradient(sampled, validation, W, DECAY, solver=solver).solve.x
+                hg.hypergradient(sampled, validation, W, DECAY, method=solver).solve.x
                 for _ in range(20)
             ]
         )
@@ -220,14 +220,14 @@ def test_averaging_the_iterates_of_sgd_takes_noise_away() -> None:
 def test_sgd_started_at_the_answer_is_no_noisier_than_where_it_ends() -> None:
     """A correction of the start would keep the noise of the one batch that it was found with."""
     validation = lambda w, d: outer(w, d, (X_VAL, Y_VAL))  # noqa: E731
-    exact = hg.hypergradient(whole, validation, W, DECAY, solver=hg.Dense()).solve.x
+    exact = hg.hypergradient(whole, validation, W, DECAY, method=hg.Dense()).solve.x
     errors = []
     for x0 in (None, exact):
         generator = torch.Generator().manual_seed(0)
         loader = DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True, generator=generator)
         sampled = hg.Sampled(inner, loader)
         runs = [
-            hg.hypergradient(sampled, validation, W, DECAY, solver=hg.SGDSolve(300), x0=x0).solve.x
+            hg.hypergradient(sampled, validation, W, DECAY, method=hg.SGDSolve(300), x0=x0).solve.x
             for _ in range(10)
         ]
         errors.append(sum(relative_error(x, exact) for x in runs) / 10)

@@ -66,14 +66,16 @@ def test_half_precision_models_are_within_five_percent(
 ) -> None:
     torch.manual_seed(0)
     single = objectives(torch.float32, autocast=False)
-    reference = hg.hypergradient(*single, trained, DECAY, solver=hg.CG(rtol=1e-6), damping=0.1)
+    reference = hg.hypergradient(
+        *single, trained, DECAY, method=hg.Implicit(hg.CG(rtol=1e-6), damping=0.1)
+    )
     if how == "autocast":
         half = objectives(torch.float32, autocast=True)
         params = trained
     else:
         half = objectives(torch.bfloat16, autocast=False)
         params = {k: v.bfloat16() for k, v in trained.items()}
-    result = hg.hypergradient(*half, params, DECAY, solver=solver, damping=0.1)
+    result = hg.hypergradient(*half, params, DECAY, method=hg.Implicit(solver, damping=0.1))
     assert result.solve.converged
     assert all(leaf.dtype == torch.float32 for leaf in result.solve.x.values())
     error = (result.grads - reference.grads).norm() / reference.grads.norm()
@@ -87,14 +89,16 @@ def test_gauss_newton_in_half_precision_is_within_five_percent(trained: Params) 
             *objectives(dtype, autocast=False),
             {k: v.to(dtype) for k, v in trained.items()},
             DECAY,
-            curvature=lambda w, h: GaussNewton(
-                lambda w, h: functional_call(MODEL, w, (x,)),
-                lambda z, h: F.cross_entropy(z.float(), y),
-                w,
-                h,
+            method=hg.Implicit(
+                hg.CG(rtol=1e-2),
+                damping=0.1,
+                curvature=lambda w, h: GaussNewton(
+                    lambda w, h: functional_call(MODEL, w, (x,)),
+                    lambda z, h: F.cross_entropy(z.float(), y),
+                    w,
+                    h,
+                ),
             ),
-            damping=0.1,
-            solver=hg.CG(rtol=1e-2),
         ).grads
 
     exact, half = solve(torch.float32), solve(torch.bfloat16)

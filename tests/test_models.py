@@ -43,9 +43,13 @@ def test_every_model_in_every_mode_agrees_with_its_twin(case: Case, mode: str) -
     def call(mode: Any) -> hg.Hypergradient:
         torch.manual_seed(5)
         return hg.hypergradient(
-            inner, outer, params, phi, solver=hg.Dense(), damping=2.0, mode=mode,
+            inner,
+            outer,
+            params,
+            phi,
+            method=hg.Implicit(hg.Dense(), damping=2.0, mode=mode),
             verify="never" if case.stops_gradients else "always",
-        )  # fmt: skip
+        )
 
     if mode in ("reverse", "compiled") and not case.double_backward:
         with pytest.raises(hg.DoubleBackwardError, match="embedding_bag"):
@@ -89,7 +93,9 @@ def test_nothing_of_the_callers_changes(case: Case, mode: Any, solver: hg.Linear
     random_state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hg.HypergradWarning)
-        hg.hypergradient(inner, outer, params, phi, solver=solver, damping=1.0, mode=mode)
+        hg.hypergradient(
+            inner, outer, params, phi, method=hg.Implicit(solver, damping=1.0, mode=mode)
+        )
 
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, tensor in model.state_dict().items():
@@ -120,18 +126,30 @@ def test_compiled_modules_agree_with_their_eager_twin() -> None:
     inner, outer, params, phi = bilevel(compiled)
     assert next(iter(params)).startswith("_orig_mod.")
     expected_inner, expected_outer, expected_params, _ = bilevel(eager)
-    expected = hg.hypergradient(expected_inner, expected_outer, expected_params, phi, damping=1.0)
+    expected = hg.hypergradient(
+        expected_inner, expected_outer, expected_params, phi, method=hg.Implicit(damping=1.0)
+    )
     for mode in ("auto", "reverse", "forward"):
-        result = hg.hypergradient(inner, outer, params, phi, damping=1.0, mode=mode)  # type: ignore[arg-type]
+        result = hg.hypergradient(
+            inner, outer, params, phi, method=hg.Implicit(damping=1.0, mode=mode)
+        )  # type: ignore[arg-type]
         assert relative_error(result.grads, expected.grads) < 1e-5
     rough = hg.hypergradient(
-        inner, outer, params, phi, solver=hg.CG(rtol=1e-3), damping=1.0, mode="finite-difference"
+        inner,
+        outer,
+        params,
+        phi,
+        method=hg.Implicit(hg.CG(rtol=1e-3), damping=1.0, mode="finite-difference"),
     )
     assert relative_error(rough.grads, expected.grads) < 1e-2
     frames = dict(torch._dynamo.utils.counters["frames"])
     assert torch.equal(compiled(x), before)
     hg.hypergradient(
-        inner, outer, params, phi, solver=hg.CG(rtol=1e-3), damping=1.0, mode="finite-difference"
+        inner,
+        outer,
+        params,
+        phi,
+        method=hg.Implicit(hg.CG(rtol=1e-3), damping=1.0, mode="finite-difference"),
     )
     assert dict(torch._dynamo.utils.counters["frames"]) == frames, "nothing is compiled again"
 
@@ -140,7 +158,7 @@ def test_the_attention_back_end_is_restored() -> None:
     torch.manual_seed(0)
     before = torch.backends.cuda.flash_sdp_enabled()
     inner, outer, params, phi = bilevel(FusedAttention())
-    hg.hypergradient(inner, outer, params, phi, damping=1.0)
+    hg.hypergradient(inner, outer, params, phi, method=hg.Implicit(damping=1.0))
     assert torch.backends.cuda.flash_sdp_enabled() is before
     assert torch.backends.cuda.math_sdp_enabled()
 
@@ -209,7 +227,7 @@ def test_checkpointed_models_recompute_without_a_trace() -> None:
         torch.manual_seed(1)
         results.append(
             hg.hypergradient(
-                objective(recompute), objective(False), params, phi, solver=hg.Dense()
+                objective(recompute), objective(False), params, phi, method=hg.Dense()
             ).grads
         )
     torch.testing.assert_close(results[0], results[1])
@@ -249,11 +267,13 @@ def test_threads_and_nested_calls_keep_their_buffers_apart() -> None:
         inner, outer, params, phi = bilevel(model)
 
         def outer_with_another_inside(w: dict[str, Tensor], p: Tensor) -> Tensor:
-            hg.hypergradient(inner, outer, params, phi, damping=5.0)
+            hg.hypergradient(inner, outer, params, phi, method=hg.Implicit(damping=5.0))
             return outer(w, p)
 
         for _ in range(5):
-            result = hg.hypergradient(inner, outer_with_another_inside, params, phi, damping=5.0)
+            result = hg.hypergradient(
+                inner, outer_with_another_inside, params, phi, method=hg.Implicit(damping=5.0)
+            )
         return result.grads
 
     alone = [nested(model) for model in models]

@@ -188,11 +188,18 @@ def test_in_the_loop() -> None:
     task.model.load_state_dict(task.start)
     rate = RATE.clone().requires_grad_()
     hg.BilevelSolver(
-        task.inner, task.outer, task.model, rate, inner_loader=task.batches,
-        inner_optimizer=lambda h: hg.optimizers.SGD(lr=h.exp(), momentum=0.5),
-        outer_optimizer=torch.optim.SGD([rate], 1.0), hypergradient=hg.Unrolled(),
-        inner_steps=5, outer_steps=1, seed=0,
-    ).run()  # fmt: skip
+        hg.Level(
+            task.inner,
+            task.model,
+            lambda h: hg.optimizers.SGD(lr=h.exp(), momentum=0.5),
+            task.batches,
+        ),
+        hg.Level(task.outer, rate, torch.optim.SGD([rate], 1.0)),
+        method=hg.Unrolled(),
+        inner_steps=5,
+        outer_steps=1,
+        seed=0,
+    ).run()
     assert float(RATE - rate.detach()) == pytest.approx(right, rel=1e-6)
 
 
@@ -201,8 +208,11 @@ def implicit(task: Task) -> Any:
     rows = task.batches[0]
     return hg.hypergradient(
         lambda w, h: task.inner(w, h, rows) + h.exp() * sum(p.square().sum() for p in w.values()),
-        task.outer, params, RATE, damping=10.0,
-    )  # fmt: skip
+        task.outer,
+        params,
+        RATE,
+        method=hg.Implicit(damping=10.0),
+    )
 
 
 @pytest.mark.parametrize("middle", ["batch norm", "instance norm", "of a library"])

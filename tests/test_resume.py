@@ -24,17 +24,15 @@ from hypergrad.bilevel.checkpoints import files
 from hypergrad.bilevel.checkpoints.store import checkpoints
 
 
-def sketched() -> bl.Implicit:
+def sketched() -> hg.Implicit:
     generator = torch.Generator().manual_seed(3)
     made = hg.NystromPreconditioner(rank=4, generator=generator)
-    return bl.Implicit(
-        hg.CG(rtol=1e-2, maxiter=4, preconditioner=made), damping=1.0, on_failure="ignore"
-    )
+    return hg.Implicit(hg.CG(rtol=1e-2, maxiter=4, preconditioner=made), damping=1.0)
 
 
 METHODS: dict[str, Callable[[], Any]] = {
     "CG, preconditioned": sketched,
-    "CG, damped by itself": lambda: bl.Implicit(hg.CG(rtol=1e-2, maxiter=8), on_failure="ignore"),
+    "CG, damped by itself": lambda: hg.Implicit(hg.CG(rtol=1e-2, maxiter=8)),
     "Nyström": lambda: hg.Nystrom(rank=3, rho=1.0, generator=torch.Generator()),
     "unrolled": hg.Unrolled,
     "unrolled, forward": lambda: hg.Unrolled(
@@ -69,6 +67,7 @@ def test_a_resumed_loop_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     def make(*callbacks: bl.Callback) -> hg.BilevelSolver:
         return digits_solver(
             METHODS[name](), inner_steps=1 if single else 2, outer_steps=7, warmup_steps=2,
+            on_failure="ignore",
             callbacks=[bl.EarlyStopping(patience=100), *callbacks],
         )  # fmt: skip
 
@@ -95,7 +94,7 @@ def test_saba_remembers_its_batches(tmp_path: Path) -> None:
     def make() -> hg.BilevelSolver:
         parts = [tuple(part[k::3] for part in TRAIN) for k in range(3)]
         return ridge_solver(
-            hypergradient=hg.single_loop.SABA(), inner_loader=parts, outer_steps=8,
+            method=hg.single_loop.SABA(), inner_loader=parts, outer_steps=8,
             outer_optimizer=lambda c: torch.optim.SGD([c], lr=0.1),
         )  # fmt: skip
 
@@ -123,13 +122,27 @@ def test_schedules_restarts_and_every_random_state_are_resumed(tmp_path: Path) -
             return inner(w, c, batch) * (1.0 + 0.1 * noise)
 
         return hg.BilevelSolver(
-            noisy, outer, w, decay, inner_loader=shuffled(), outer_loader=[VALIDATION],
-            inner_optimizer=sgd, outer_optimizer=adam, seed=1, inner_steps=3, outer_steps=8,
-            inner_scheduler=torch.optim.lr_scheduler.OneCycleLR(sgd, 0.2, total_steps=100),
-            outer_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=1),
-            restart=lambda: torch.randn(FEATURES, dtype=torch.float64), restart_every=2,
-            hypergradient=bl.T1T2(lr=0.1),
-        )  # fmt: skip
+            hg.Level(
+                noisy,
+                w,
+                sgd,
+                shuffled(),
+                scheduler=torch.optim.lr_scheduler.OneCycleLR(sgd, 0.2, total_steps=100),
+            ),
+            hg.Level(
+                outer,
+                decay,
+                adam,
+                [VALIDATION],
+                scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=1),
+            ),
+            seed=1,
+            inner_steps=3,
+            outer_steps=8,
+            restart=lambda: torch.randn(FEATURES, dtype=torch.float64),
+            restart_every=2,
+            method=bl.T1T2(lr=0.1),
+        )
 
     def seeded() -> hg.BilevelSolver:
         random.seed(5)
@@ -249,11 +262,11 @@ def test_foreign_and_later_files_are_refused(tmp_path: Path) -> None:
 OTHERS: dict[str, tuple[Callable[[], hg.BilevelSolver], str]] = {
     "shapes": (lambda: digits_solver(hg.CG()), r"is of another problem: params there \["),
     "method": (
-        lambda: ridge_solver(hypergradient=hg.MINRES()),
+        lambda: ridge_solver(method=hg.MINRES()),
         r"hypergradient there \['CG'\], here \['MINRES'\]",
     ),
     "sketch": (
-        lambda: ridge_solver(hypergradient=hg.CG(preconditioner=hg.JacobiPreconditioner())),
+        lambda: ridge_solver(method=hg.CG(preconditioner=hg.JacobiPreconditioner())),
         r"hypergradient there \['CG'\], here \['CG', 'JacobiPreconditioner'\]",
     ),
     "optimiser": (
@@ -370,10 +383,10 @@ def test_schedules_of_every_kind_are_resumed(tmp_path: Path, name: str) -> None:
         w, decay = (torch.zeros(FEATURES, dtype=torch.float64) for _ in range(2))
         sgd = torch.optim.SGD([w], lr=0.1, momentum=0.9)
         return hg.BilevelSolver(
-            inner, outer, w, decay, inner_loader=[TRAIN], outer_loader=[VALIDATION],
-            inner_optimizer=sgd, outer_optimizer=torch.optim.SGD([decay], lr=0.5),
-            inner_scheduler=SCHEDULES[name](sgd), outer_steps=7,
-        )  # fmt: skip
+            hg.Level(inner, w, sgd, [TRAIN], scheduler=SCHEDULES[name](sgd)),
+            hg.Level(outer, decay, torch.optim.SGD([decay], lr=0.5), [VALIDATION]),
+            outer_steps=7,
+        )
 
     whole, resumed = whole_and_resumed(make, tmp_path / "state.pt")
     assert torch.equal(resumed.hparams, whole.hparams)
@@ -394,7 +407,7 @@ def test_optimisers_of_every_kind_are_resumed(tmp_path: Path, name: str) -> None
     def make() -> hg.BilevelSolver:
         return ridge_solver(
             inner_optimizer=OPTIMIZERS[name], inner_loader=shuffled(), outer_steps=6,
-            hypergradient=bl.T1T2(lr=0.1),
+            method=bl.T1T2(lr=0.1),
         )  # fmt: skip
 
     whole, resumed = whole_and_resumed(make, tmp_path / "state.pt")
@@ -421,10 +434,9 @@ def test_a_module_that_is_frozen_in_part_is_restored_whole(tmp_path: Path) -> No
             return (out - y).square().mean() + decay.exp() * params["1.weight"].square().sum()
 
         solver = hg.BilevelSolver(
-            objective, objective, model, decay, inner_loader=[TRAIN], outer_loader=[VALIDATION],
-            inner_optimizer=torch.optim.SGD(model[1].parameters(), lr=0.1),
-            outer_optimizer=torch.optim.SGD([decay], lr=0.1),
-        )  # fmt: skip
+            hg.Level(objective, model, torch.optim.SGD(model[1].parameters(), lr=0.1), [TRAIN]),
+            hg.Level(objective, decay, torch.optim.SGD([decay], lr=0.1), [VALIDATION]),
+        )
         return solver, model
 
     solver, model = make(0)

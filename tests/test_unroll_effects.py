@@ -346,7 +346,7 @@ def test_hypergradient_takes_the_method_as_one_argument(memory: Any) -> None:
     method = hg.Unrolled(opt.SGD(lr=0.5, momentum=0.9), steps=700, memory=memory)
     unrolled = hg.hypergradient(inner, loop.outer, loop.params, loop.hparams, method=method)
     implicit = hg.hypergradient(
-        inner, loop.outer, unrolled.params, loop.hparams, solver=hg.CG(rtol=1e-12)
+        inner, loop.outer, unrolled.params, loop.hparams, method=hg.CG(rtol=1e-12)
     )
     assert implicit.inner_grad_norm < 1e-10
     assert relative_error(unrolled.grads, implicit.grads) < 1e-8

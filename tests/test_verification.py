@@ -110,9 +110,12 @@ def penalised(act: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Any,
 
 def verified(problem: tuple[Any, ...], **options: Any) -> hg.Verification:
     result = hg.hypergradient(
-        *problem, solver=hg.CG(maxiter=60), damping=0.2, on_failure="ignore", verify="always",
+        *problem,
+        method=hg.Implicit(hg.CG(maxiter=60), damping=0.2),
+        on_failure="ignore",
+        verify="always",
         **options,
-    )  # fmt: skip
+    )
     assert result.verification is not None
     return result.verification
 
@@ -273,9 +276,9 @@ def test_what_cannot_be_evaluated_next_to_theta_is_inconclusive() -> None:
 def test_auto_goes_on_with_differences_and_says_so_once() -> None:
     wrong = regression(lambda z: WrongSecond.apply(z, F.silu, 0.5), torch.float64)
     right = regression(F.silu, torch.float64)
-    expected = hg.hypergradient(*right, damping=0.5).grads
+    expected = hg.hypergradient(*right, method=hg.Implicit(damping=0.5)).grads
     with pytest.warns(hg.DoubleBackwardWarning, match="going on with finite differences") as caught:
-        first = hg.hypergradient(*wrong, damping=0.5)
+        first = hg.hypergradient(*wrong, method=hg.Implicit(damping=0.5))
     assert len(caught) == 1
     assert torch.allclose(first.grads, expected, rtol=1e-6)
     assert first.verification is not None
@@ -283,7 +286,7 @@ def test_auto_goes_on_with_differences_and_says_so_once() -> None:
     # The next call knows, without a word.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = hg.hypergradient(*wrong, damping=0.5)
+        second = hg.hypergradient(*wrong, method=hg.Implicit(damping=0.5))
     assert second.verification is None
     assert torch.allclose(second.grads, expected, rtol=1e-6)
 
@@ -307,12 +310,17 @@ def test_a_mode_that_was_asked_for_stays_and_is_told() -> None:
     wrong = regression(lambda z: WrongSecond.apply(z, F.silu, 0.5), torch.float64)
     message = "second derivative of inner .* suspect: WrongSecondBackward; use mode='finite-diff"
     with pytest.warns(hg.VerificationWarning, match=message):
-        hg.hypergradient(*wrong, damping=0.5, mode="reverse")
+        hg.hypergradient(*wrong, method=hg.Implicit(damping=0.5, mode="reverse"))
     with pytest.raises(hg.VerificationError, match=message):
-        hg.hypergradient(*wrong, damping=0.5, mode="reverse", verify="always", on_failure="raise")
+        hg.hypergradient(
+            *wrong,
+            method=hg.Implicit(damping=0.5, mode="reverse"),
+            verify="always",
+            on_failure="raise",
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hg.hypergradient(*wrong, damping=0.5, mode="reverse", verify="never")
+        hg.hypergradient(*wrong, method=hg.Implicit(damping=0.5, mode="reverse"), verify="never")
 
 
 def test_differences_that_are_wrong_do_not_recommend_themselves() -> None:
@@ -324,7 +332,7 @@ def test_differences_that_are_wrong_do_not_recommend_themselves() -> None:
 def test_a_wrong_gradient_is_told_with_what_to_do() -> None:
     wrong = regression(lambda z: WrongFirst.apply(z, F.silu, 0.5), torch.float64)
     with pytest.warns(hg.VerificationWarning, match=r"first derivative .*gradcheck"):
-        hg.hypergradient(*wrong, damping=0.5)
+        hg.hypergradient(*wrong, method=hg.Implicit(damping=0.5))
 
 
 def test_once_is_for_each_kind_of_problem() -> None:
@@ -399,12 +407,21 @@ def test_the_loop_verifies_at_its_first_step_and_every_hundredth() -> None:
         with torch.no_grad():
             w.zero_(), c.zero_()
         return hg.BilevelSolver(
-            lambda w, c, _: (w - 1.0).square().sum() + c.exp() @ w.square(),
-            lambda w, c, _: ((w - 2.0).square().sum(), {"metric": 1.0}),
-            w, c, hypergradient=method, inner_steps=1, outer_steps=102,
-            inner_optimizer=torch.optim.SGD([w], 0.1), outer_optimizer=torch.optim.SGD([c], 0.01),
+            hg.Level(
+                lambda w, c, _: (w - 1.0).square().sum() + c.exp() @ w.square(),
+                w,
+                torch.optim.SGD([w], 0.1),
+            ),
+            hg.Level(
+                lambda w, c, _: ((w - 2.0).square().sum(), {"metric": 1.0}),
+                c,
+                torch.optim.SGD([c], 0.01),
+            ),
+            method=method,
+            inner_steps=1,
+            outer_steps=102,
             **options,
-        )  # fmt: skip
+        )
 
     for method in (hg.CG(), hg.Unrolled(), hg.single_loop.SOBA()):
         history = solver(method).run()
@@ -421,11 +438,12 @@ def test_the_loop_goes_on_with_differences() -> None:
         for method in (hg.CG(), hg.Unrolled(), hg.single_loop.SOBA()):
             f, g, w, c = regression(act, torch.float64)
             solver = hg.BilevelSolver(
-                lambda w, c, _, f=f: f(w, c), lambda w, c, _, g=g: g(w, c), w, c,
-                hypergradient=method, inner_steps=1,
-                inner_optimizer=torch.optim.SGD([w], 0.1),
-                outer_optimizer=torch.optim.SGD([c], 0.5), outer_steps=5,
-            )  # fmt: skip
+                hg.Level(lambda w, c, _, f=f: f(w, c), w, torch.optim.SGD([w], 0.1)),
+                hg.Level(lambda w, c, _, g=g: g(w, c), c, torch.optim.SGD([c], 0.5)),
+                method=method,
+                inner_steps=1,
+                outer_steps=5,
+            )
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 solver.run()
@@ -441,7 +459,7 @@ def test_check_verifies_and_compares_whole_runs() -> None:
     report = hg.check(*problem)
     assert report.verification.status is Verdict.PASSED
     wrong = regression(lambda z: WrongSecond.apply(z, F.silu, 0.5), torch.float64)
-    report = hg.check(*wrong, mode="reverse")
+    report = hg.check(*wrong, method=hg.Implicit(mode="reverse"))
     assert hg.Finding.DERIVATIVE_WRONG in report.findings
     assert "WrongSecondBackward" in str(report)
 

@@ -2,9 +2,10 @@
 
 from hypergrad import bilevel, distributed, linsolve, operators, optimizers, single_loop
 from hypergrad.__about__ import __version__ as __version__
-from hypergrad.bilevel import BilevelSolver, plot
+from hypergrad.accumulate import accumulate_grad
+from hypergrad.bilevel import BilevelSolver, Level, plot
 from hypergrad.diagnosis.check import check
-from hypergrad.diagnosis.report import Finding, Report, UnrolledReport
+from hypergrad.diagnosis.report import Report
 from hypergrad.errors import (
     CheckpointError,
     CheckpointWarning,
@@ -20,15 +21,13 @@ from hypergrad.errors import (
     VerificationError,
     VerificationWarning,
 )
-from hypergrad.implicit.accumulate import accumulate_grad
-from hypergrad.implicit.error_bound import ErrorBound
-from hypergrad.implicit.hypergradient import Hypergradient, hypergradient
+from hypergrad.hypergradients import hypergradient
+from hypergrad.implicit.hypergradient import Implicit
 from hypergrad.linsolve import (
     CG,
     GMRES,
     MINRES,
     BlockCG,
-    BlockSolution,
     Dense,
     FixedPoint,
     Identity,
@@ -39,20 +38,20 @@ from hypergrad.linsolve import (
     NormalCG,
     Nystrom,
     NystromPreconditioner,
-    NystromSketch,
     Preconditioner,
     SGDSolve,
-    Sketch,
     Solution,
     Status,
     StochasticNeumann,
 )
 from hypergrad.minibatches import Averaged, Sampled
+from hypergrad.results import Hypergradient
 from hypergrad.solutions.conditions import WarmStart
 from hypergrad.solutions.decorators import argmin, fixed_point, root
-from hypergrad.unrolling.hypergradient import Unrolled, UnrolledHypergradient
+from hypergrad.unrolling.hypergradient import Unrolled
 from hypergrad.unrolling.unroll import unroll
 from hypergrad.verification.differences import Verdict
+from hypergrad.verification.error_bound import ErrorBound
 from hypergrad.verification.verification import Verification
 
 __all__ = [
@@ -62,7 +61,6 @@ __all__ = [
     "Averaged",
     "BilevelSolver",
     "BlockCG",
-    "BlockSolution",
     "CheckpointError",
     "CheckpointWarning",
     "CompilationError",
@@ -71,13 +69,14 @@ __all__ = [
     "DoubleBackwardError",
     "DoubleBackwardWarning",
     "ErrorBound",
-    "Finding",
     "FixedPoint",
     "ForwardModeError",
     "HypergradWarning",
     "Hypergradient",
     "Identity",
+    "Implicit",
     "JacobiPreconditioner",
+    "Level",
     "LinearSolveError",
     "LinearSolveWarning",
     "LinearSolver",
@@ -87,18 +86,14 @@ __all__ = [
     "NormalCG",
     "Nystrom",
     "NystromPreconditioner",
-    "NystromSketch",
     "Preconditioner",
     "Report",
     "SGDSolve",
     "Sampled",
-    "Sketch",
     "Solution",
     "Status",
     "StochasticNeumann",
     "Unrolled",
-    "UnrolledHypergradient",
-    "UnrolledReport",
     "Verdict",
     "Verification",
     "VerificationError",

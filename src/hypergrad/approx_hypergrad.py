@@ -19,8 +19,8 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad._private import inside_a_transform
 from hypergrad.hypergradients import hypergradient
-from hypergrad.linsolve.base import report_failure
 from hypergrad.linsolve import CG, Identity, LinearSolver, Neumann, Nystrom, Status
+from hypergrad.linsolve.base import report_failure
 from hypergrad.solutions import differentiable
 from hypergrad.utils import Objective, Params
 

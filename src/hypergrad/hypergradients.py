@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from hypergrad._checks import check_choice, check_objective, check_tree, given
 from hypergrad.autodiff.evaluation import Objective
-from hypergrad.autodiff.modules import on_modules, parameters_of
+from hypergrad.autodiff.modules import parameters_of
 from hypergrad.implicit.hypergradient import Implicit, implicit_hypergradient
 from hypergrad.linsolve import CG, LinearSolver
 from hypergrad.linsolve.base import OnFailure
-from hypergrad.minibatches import Averaged
+from hypergrad.minibatches import objective_on_modules
 from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
 from hypergrad.unrolling.hypergradient import Unrolled, unrolled_hypergradient
@@ -35,7 +35,7 @@ def hypergradient(
     on_failure: OnFailure = "warn",
     verify: Verify = "once",
 ) -> Hypergradient:
-    """``dg/dφ`` of ``g(θ*(φ), φ)``, ``θ*(φ) = argmin_θ f(θ, φ)``, at a minimiser θ or through steps.
+    """``dg/dφ`` of ``g(θ*(φ), φ)`` where ``θ*(φ) = argmin_θ f(θ, φ)``.
 
     Nothing of the caller's is changed: no ``.grad``, no ``requires_grad``, no module buffer, no
     random state (but for a solver that draws from PyTorch's default generator because it was given
@@ -88,23 +88,18 @@ def hypergradient(
         >>> hg.hypergradient(f, g, torch.tensor(1.5), torch.tensor(1.0)).grads
         tensor(-1.1250)
     """
-    method = as_method(method)
-    check_objective(inner, "inner")
-    check_objective(outer, "outer")
-    inner, outer = (_on_trees(f, params, hparams) for f in (inner, outer))
-    params, hparams = parameters_of(params, "params"), parameters_of(hparams, "hparams")
-    check_tree(params, "params")
-    check_tree(hparams, "hparams")
+    chosen: Implicit | Unrolled = with_modules(as_method(method), params, hparams)
+    inner, outer, params, hparams = on_trees(inner, outer, params, hparams)
     check_choice(on_failure, "on_failure", get_args(OnFailure))
     check_choice(verify, "verify", get_args(Verify))
-    if isinstance(method, Implicit):
+    if isinstance(chosen, Implicit):
         return implicit_hypergradient(
-            method, inner, outer, params, hparams, x0=x0, on_failure=on_failure, verify=verify
+            chosen, inner, outer, params, hparams, x0=x0, on_failure=on_failure, verify=verify
         )
     if x0 is not None:
         raise ValueError("x0 must be None with hg.Unrolled, which solves no linear system")
     return unrolled_hypergradient(
-        method, inner, outer, params, hparams, on_failure=on_failure, verify=verify
+        chosen, inner, outer, params, hparams, on_failure=on_failure, verify=verify
     )
 
 
@@ -124,9 +119,35 @@ def as_method(method: Any) -> Implicit | Unrolled:
     return method
 
 
-def _on_trees(
-    objective: Any, params: Tree | nn.Module, hparams: Tree | nn.Module
-) -> Any:
-    if isinstance(objective, Averaged):
-        return replace(objective, objective=on_modules(objective.objective, params, hparams))
-    return on_modules(objective, params, hparams)
+def with_modules(method: Any, params: Tree | nn.Module, hparams: Tree | nn.Module) -> Any:
+    """A method whose curvature, if it has one, gets modules in the place of their parameters."""
+    curvature = getattr(method, "curvature", None)
+    modules = [given if isinstance(given, nn.Module) else None for given in (params, hparams)]
+    if curvature is None or modules == [None, None]:
+        return method
+
+    def of_modules(*given: Any) -> Any:
+        trees, batch = given[:2], given[2:]
+        return curvature(
+            *(module or tree for module, tree in zip(modules, trees, strict=True)), *batch
+        )
+
+    return replace(method, curvature=of_modules)
+
+
+def on_trees(
+    inner: Any, outer: Any, params: Tree | nn.Module, hparams: Tree | nn.Module
+) -> tuple[Any, Any, Tree, Tree]:
+    """The same problem, checked, with the parameters of a module in the place of the module.
+
+    Raises:
+        TypeError, ValueError: an objective is no function, or a tree is empty or has a leaf that is
+            no floating-point tensor.
+    """
+    check_objective(inner, "inner")
+    check_objective(outer, "outer")
+    inner, outer = (objective_on_modules(f, params, hparams) for f in (inner, outer))
+    trees = parameters_of(params, "params"), parameters_of(hparams, "hparams")
+    check_tree(trees[0], "params")
+    check_tree(trees[1], "hparams")
+    return inner, outer, *trees

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad._checks import check_number, check_objective
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.autodiff.isolation import RandomState
+from hypergrad.autodiff.modules import on_modules
 from hypergrad.tree import Tree
 
 BatchObjective: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
@@ -131,6 +133,12 @@ class Sampled:
         """
         return bind(self._objective, next(self._stream))
 
+    def on_modules(self, params: Tree | nn.Module, hparams: Tree | nn.Module) -> Sampled:
+        """The same stream of batches for an objective that takes modules, as one of trees."""
+        copied = copy.copy(self)
+        copied._objective = on_modules(self._objective, params, hparams)
+        return copied
+
 
 def bind(objective: BatchObjective, batch: Any) -> Objective:
     """``f(params, hparams)`` on one batch."""
@@ -145,6 +153,19 @@ def with_arguments(
         given = objective.objective
         return replace(objective, objective=lambda w, h, batch: given(*arguments(w, h), batch))
     return lambda w, h: objective(*arguments(w, h))
+
+
+def objective_on_modules(
+    objective: Any, params: Tree | nn.Module, hparams: Tree | nn.Module
+) -> Any:
+    """:func:`on_modules`, also of an :class:`Averaged` or :class:`Sampled` objective."""
+    if not any(isinstance(given, nn.Module) for given in (params, hparams)):
+        return objective
+    if isinstance(objective, Averaged):
+        return replace(objective, objective=on_modules(objective.objective, params, hparams))
+    if isinstance(objective, Sampled):
+        return objective.on_modules(params, hparams)
+    return on_modules(objective, params, hparams)
 
 
 def round_and_round(batches: Iterable[Any], name: str) -> Iterator[Any]:

@@ -89,5 +89,7 @@ class Hypergradient:
     @property
     def _trajectory(self) -> Trajectory:
         if not isinstance(self.receipt, Trajectory):
-            raise AttributeError("params and state: this hypergradient comes from no unrolled steps")
+            raise AttributeError(
+                "params and state: this hypergradient comes from no unrolled steps"
+            )
         return self.receipt

@@ -25,9 +25,13 @@ def implicit(
 
     def run() -> Tensor:
         result = hg.hypergradient(
-            problem.inner, problem.outer, problem.params, problem.hparams,
-            solver=solver, on_failure="ignore", mode=mode,
-        )  # fmt: skip
+            problem.inner,
+            problem.outer,
+            problem.params,
+            problem.hparams,
+            method=hg.Implicit(solver, mode=mode),
+            on_failure="ignore",
+        )
         grads: Tensor = result.grads
         return grads
 
@@ -94,13 +98,9 @@ def cleaning(
 
         watch = Watch(data)
         solver = hg.BilevelSolver(
-            inner,
-            outer,
-            params,
-            phi,
-            inner_optimizer=torch.optim.SGD(params.values(), lr=INNER_LR, momentum=0.9),
-            outer_optimizer=torch.optim.Adam([phi], lr=lr),
-            hypergradient=hg.Unrolled()
+            hg.Level(inner, params, torch.optim.SGD(params.values(), lr=INNER_LR, momentum=0.9)),
+            hg.Level(outer, phi, torch.optim.Adam([phi], lr=lr)),
+            method=hg.Unrolled()
             if method == "unrolled"
             else _solver(method, iterations=iterations, alpha=INNER_LR),
             inner_steps=inner_steps,

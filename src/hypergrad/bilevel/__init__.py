@@ -14,18 +14,16 @@ from hypergrad.bilevel.callbacks import (
     Timer,
 )
 from hypergrad.bilevel.history import History, Record
-from hypergrad.bilevel.methods.choices import InnerOptimizer, Method
+from hypergrad.bilevel.methods.choices import Method
 from hypergrad.bilevel.methods.estimators import (
     DARTS,
     T1T2,
     AmIGO,
-    Estimate,
     Estimator,
-    Implicit,
     StocBiO,
 )
 from hypergrad.bilevel.plotting import plot
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.problem import InnerOptimizer, Level, Problem
 from hypergrad.bilevel.solver import BilevelSolver
 
 __all__ = [
@@ -38,15 +36,14 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "EarlyStopping",
-    "Estimate",
     "Estimator",
     "Evaluation",
     "History",
-    "Implicit",
     "InnerOptimizer",
     "KeepBest",
-    "Levels",
+    "Level",
     "Method",
+    "Problem",
     "ProgressBar",
     "Record",
     "StocBiO",

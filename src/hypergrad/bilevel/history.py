@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 
@@ -20,8 +20,8 @@ Value: TypeAlias = float | str | None
 
 
 @dataclass(frozen=True)
-class Record:
-    """One outer step.
+class Record(Mapping[str, Value]):
+    """One outer step: its fields, and a mapping of all columns, metrics and outer parameters too.
 
     Attributes:
         step: its number, from 1.
@@ -73,6 +73,12 @@ class Record:
         """
         return self.row()[name]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.row())
+
+    def __len__(self) -> int:
+        return len(self.row())
+
     def row(self) -> dict[str, Value]:
         """All columns, metrics and outer parameters among them."""
         fields = {key: value for key, value in vars(self).items() if key not in _GROUPS}
@@ -86,10 +92,16 @@ class Record:
 
 
 _GROUPS = ("metrics", "hparams")
+# What stands for an entry that is not there.
+_NOTHING = {
+    f.name: math.nan if f.default is MISSING else f.default
+    for f in fields(Record)
+    if f.name not in _GROUPS
+}
 
 
-class History:
-    """A table of all outer steps, one row each: ``history["outer_loss"]`` is a column.
+class History(Sequence[Record]):
+    """The records of all outer steps: ``history[-1]`` is one, ``history["outer_loss"]`` a column.
 
     Numbers are kept as numbers, eight bytes each.
 
@@ -144,8 +156,17 @@ class History:
         """The columns that hold outer parameters."""
         return list(self._hparams)
 
-    def __getitem__(self, key: str | int) -> Any:
-        """A column by its name (``None`` where there was nothing), or a row by its number.
+    @overload
+    def __getitem__(self, key: str) -> list[Any]: ...
+
+    @overload
+    def __getitem__(self, key: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[Record]: ...
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """A column by its name (``None`` where there was nothing), or records by their number.
 
         Raises:
             KeyError, IndexError: there is none.
@@ -156,13 +177,24 @@ class History:
             if key not in self._columns:
                 raise KeyError(f"no column {key!r}; there are {', '.join(self.columns)}")
             return [_entry(key, number) for number in self._columns[key]]
+        if isinstance(key, slice):
+            return [self[i] for i in range(*key.indices(len(self)))]
         entries = {name: _entry(name, column[key]) for name, column in self._columns.items()}
-        return {**entries, **{name: words[key] for name, words in self._words.items()}}
+        entries |= {name: words[key] for name, words in self._words.items()}
+        own: dict[str, Any] = {
+            name: nothing if entries.get(name) is None else entries[name]
+            for name, nothing in _NOTHING.items()
+        }
+        rest: dict[str, Any] = {
+            name: math.nan if value is None else value
+            for name, value in entries.items()
+            if name not in own
+        }
+        hparams = {name: rest.pop(name) for name in self._hparams}
+        return Record(**own, metrics=rest, hparams=hparams)
 
-    def best(
-        self, column: str = "outer_loss", *, mode: Literal["min", "max"] = "min"
-    ) -> dict[str, Value]:
-        """The row where a column is at its least, or largest; the first of several.
+    def best(self, column: str = "outer_loss", *, mode: Literal["min", "max"] = "min") -> Record:
+        """The record where a column is at its least, or largest; the first of several.
 
         ``outer_loss`` is taken before the update of φ: ``hg.bilevel.KeepBest`` knows the φ that it
         belongs to.
@@ -178,11 +210,7 @@ class History:
         numbers = [(sign * value, i) for i, value in enumerate(entries) if _is_number(value)]
         if not numbers:
             raise ValueError(f"column must hold numbers, got {column!r} with none")
-        row: dict[str, Value] = self[min(numbers)[1]]
-        return row
-
-    def __iter__(self) -> Iterator[dict[str, Value]]:
-        return (self[i] for i in range(len(self)))
+        return self[min(numbers)[1]]
 
     def to_pandas(self) -> Any:
         """The table as a ``pandas.DataFrame``.

@@ -17,9 +17,8 @@ from hypergrad import tree as tr
 from hypergrad._saving import check_form, check_keys
 from hypergrad.bilevel.batches import Stream
 from hypergrad.bilevel.history import Record
-from hypergrad.bilevel.methods.estimators import Estimate
 from hypergrad.bilevel.methods.procedures import Procedure
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.problem import Problem
 from hypergrad.bilevel.random_state import (
     check_method_state,
     check_random_states,
@@ -32,6 +31,8 @@ from hypergrad.bilevel.random_state import (
 from hypergrad.bilevel.steps import OuterStep, naming
 from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import HypergradWarning, NonFiniteError
+from hypergrad.linsolve import Solution
+from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
 from hypergrad.verification.dependence import told_by_the_caller
 from hypergrad.verification.verification import Verify
@@ -47,7 +48,7 @@ class Loop:
     """``θ`` by ``inner_steps`` of a procedure, then φ by one outer step, and so on.
 
     Args:
-        levels: the problem.
+        problem: the problem.
         procedure: how θ moves, and where dg/dφ comes from.
         outer: how φ moves.
         method: what the procedure was made from, for the generators and sketches that it holds.
@@ -64,7 +65,7 @@ class Loop:
 
     def __init__(
         self,
-        levels: Levels,
+        problem: Problem,
         procedure: Procedure,
         outer: OuterStep,
         method: Any,
@@ -76,7 +77,7 @@ class Loop:
         quiet: bool,
         verify: Verify,
     ) -> None:
-        self._levels = levels
+        self._problem = problem
         self._procedure = procedure
         self._outer = outer
         self._method = method
@@ -84,7 +85,7 @@ class Loop:
         self._warmup_steps = warmup_steps
         self._restart = restart
         self._restart_every = restart_every
-        self._initial = levels.params.state_dict() if restart == "initial" else None
+        self._initial = problem.params.state_dict() if restart == "initial" else None
         self._warned = quiet
         self._resumed = False
         self._verify = verify
@@ -115,9 +116,9 @@ class Loop:
             LoaderError: a loader raised.
         """
         began = time.perf_counter()
-        levels = self._levels
+        problem = self._problem
         due = self._resumed or self.outer_step % _VERIFY_EVERY == 0
-        levels.verify = "always" if due and self._verify == "once" else self._verify
+        problem.verify = "always" if due and self._verify == "once" else self._verify
         self._resumed = False
         begun = self.outer_step > 0 and self.outer_step % self._restart_every == 0
         if begun and self._restart is not None:
@@ -129,19 +130,19 @@ class Loop:
         ):
             losses, estimate = self._procedure.advance(self._inner_steps)
             norm = self._outer.apply(estimate.grads, estimate.outer_value)
-            for level in (levels.params, levels.hparams):
+            for level in (problem.params, problem.hparams):
                 if not tr.is_finite(level.tree):
                     raise NonFiniteError(f"{level.name} must stay finite, got an infinity or a NaN")
         self._warn_of_unused()
         self.outer_step += 1
         return self._record(losses, estimate, norm, time.perf_counter() - began)
 
-    def problem(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same in a loop that takes over the state of this one."""
         return {
-            "params": self._levels.params.shapes(),
-            "hparams": self._levels.hparams.shapes(),
-            "hypergradient": [type(self._method).__name__, *method_parts(self._method)],
+            "params": self._problem.params.shapes(),
+            "hparams": self._problem.hparams.shapes(),
+            "method": [type(self._method).__name__, *method_parts(self._method)],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class Loop:
             "streams": [stream.state_dict() for stream in self._streams()],
             "parts": [part.state_dict() for part in self._parts()],
             "method": method_state(self._method),
-            "random": random_states(self._levels.inner_stream.device),
+            "random": random_states(self._problem.inner_stream.device),
         }
 
     def check_state(self, state: Any) -> None:
@@ -186,24 +187,25 @@ class Loop:
     def _load_parts(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
-        set_method_state(self._method, state["method"], self._levels.params.tree)
+        set_method_state(self._method, state["method"], self._problem.params.tree)
         self.outer_step = state["outer_step"]
         self._resumed = True
-        set_random_states(state["random"], self._levels.inner_stream.device)
+        set_random_states(state["random"], self._problem.inner_stream.device)
 
     def _streams(self) -> list[Stream]:
-        return [self._levels.inner_stream, self._levels.outer_stream]
+        return [self._problem.inner_stream, self._problem.outer_stream]
 
     def _parts(self) -> list[Variables | Procedure | OuterStep]:
-        return [self._levels.params, self._levels.hparams, self._procedure, self._outer]
+        return [self._problem.params, self._problem.hparams, self._procedure, self._outer]
 
     def _record(
-        self, losses: Sequence[float], estimate: Estimate, norm: float, seconds: float
+        self, losses: Sequence[float], estimate: Hypergradient, norm: float, seconds: float
     ) -> Record:
-        solve, verification = estimate.solve, estimate.verification
+        receipt, verification = estimate.receipt, estimate.verification
+        solve = receipt if isinstance(receipt, Solution) else None
         metrics = {
             f"{name}/{key}": value
-            for name, objective in (("inner", self._levels.f), ("outer", self._levels.g))
+            for name, objective in (("inner", self._problem.f), ("outer", self._problem.g))
             for key, value in objective.take_metrics().items()
         }
         return Record(
@@ -229,19 +231,19 @@ class Loop:
 
     def _restart_inner(self) -> None:
         if self._initial is not None:
-            self._levels.params.load_state_dict(self._initial)
+            self._problem.params.load_state_dict(self._initial)
         elif callable(self._restart):
             values = self._restart()
             if values is not None:
-                self._levels.params.assign(values, "the value of restart")
+                self._problem.params.assign(values, "the value of restart")
         self._procedure.reset()
 
     def _warn_of_unused(self) -> None:
-        in_f, in_g = self._levels.f.uses, self._levels.g.uses
+        in_f, in_g = self._problem.f.uses, self._problem.g.uses
         if self._warned or in_f is None or in_g is None:
             return
         self._warned = True
-        named = self._levels.hparams.named()
+        named = self._problem.hparams.named()
         unused = [
             where for (where, _), *used in zip(named, in_f, in_g, strict=True) if not any(used)
         ]

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from hypergrad._checks import check_count, check_number, check_objective, given
+from hypergrad._checks import check_count, check_objective, given
 from hypergrad._private import inside_a_transform
 from hypergrad.bilevel.callbacks import Callback
 
 
 def check_options(
     counts: Mapping[str, Any],
-    clips: Mapping[str, Any],
     warmup_steps: Any,
     project: Any,
     restart: Any,
@@ -25,7 +24,6 @@ def check_options(
 
     Args:
         counts: integers from 1 by their names.
-        clips: numbers above 0, or ``None``, likewise.
         warmup_steps: see there, as are the others.
         project: see there.
         restart: see there.
@@ -44,9 +42,6 @@ def check_options(
         check_count(count, name)
     if warmup_steps != 0:
         check_count(warmup_steps, "warmup_steps")
-    for name, clip in clips.items():
-        if clip is not None:
-            check_number(clip, name, above=0.0)
     if project is not None:
         check_objective(project, "project", "(hparams)")
     if restart not in (None, "initial") and not callable(restart):

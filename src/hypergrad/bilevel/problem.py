@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad import _sharding as pl
 from hypergrad import tree as tr
-from hypergrad._checks import check_dependence, check_objective, check_value
+from hypergrad._checks import check_count, check_dependence, check_number, check_value
 from hypergrad._private import inside_a_transform
 from hypergrad.autodiff.checkpointing import checkpoints_followed
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves, gradient
@@ -20,13 +21,58 @@ from hypergrad.bilevel.variables import Variables
 from hypergrad.distributed import DataParallel
 from hypergrad.errors import NonFiniteError
 from hypergrad.linsolve import AutoDamping
+from hypergrad.linsolve.base import OnFailure
 from hypergrad.minibatches import Averaged, Sampled, bind
+from hypergrad.optimizers import Optimizer
 from hypergrad.tree import Tree
 from hypergrad.verification.differences import is_verifying
 from hypergrad.verification.verification import Verify
 
 LoopObjective: TypeAlias = Callable[[Tree, Tree, Any], Any]
 """``f(params, hparams, batch)``: returns a scalar tensor, or it and a mapping of metrics."""
+
+InnerOptimizer: TypeAlias = torch.optim.Optimizer | Optimizer | Callable[[Tree], Optimizer]
+"""What ``optimizer`` of the inner level may be; all but the first for unrolling only."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a bilevel problem: what is minimised, over what, how, and on which batches.
+
+    Args:
+        objective: ``f(params, hparams, batch)``, a scalar tensor, or ``(scalar, metrics)`` with a
+            mapping from names to numbers. Its arguments are the parameters of the inner and of the
+            outer level, for both objectives. In the place of a module it gets the module, with the
+            parameters of the moment in it; else a tree like the one given.
+        params: the parameters of this level: a module, whose parameters that require gradients are
+            meant and whose buffers and modes are looked after; or any tree of leaf tensors.
+            Changed in place.
+        optimizer: of ``torch.optim``, over ``params``; also as Accelerate or Fabric prepared it.
+            The inner one with ``hg.Unrolled()`` also one of :mod:`hypergrad.optimizers`, or a
+            function of the outer parameters that returns one.
+        loader: batches for the objective, anything that can be iterated again and again; their
+            tensors are moved to the device. ``None``: the batch is always ``None``.
+        scheduler: of ``optimizer``, stepped with it. A plateau scheduler gets the loss.
+        clip: the largest norm of a gradient of this level. With ``hg.Unrolled()`` the clipping of
+            inner gradients is differentiated too, see :class:`hypergrad.optimizers.Clipped`.
+        batches: over how many batches the objective is averaged for a hypergradient.
+
+    Raises:
+        TypeError, ValueError: ``batches`` or ``clip`` of the wrong kind or out of its range.
+    """
+
+    objective: LoopObjective
+    params: Tree | nn.Module
+    optimizer: InnerOptimizer
+    loader: Iterable[Any] | None = None
+    scheduler: Any = None
+    clip: float | None = None
+    batches: int = 1
+
+    def __post_init__(self) -> None:
+        check_count(self.batches, "batches")
+        if self.clip is not None:
+            check_number(self.clip, "clip", above=0.0)
 
 
 class Measured:
@@ -51,7 +97,6 @@ class Measured:
         autocast: torch.dtype | None,
         group: Any = None,
     ) -> None:
-        check_objective(objective, name, "(params, hparams, batch)")
         self._objective = objective
         self._value: LoopObjective = self._own_value
         self._group = group
@@ -130,19 +175,21 @@ class Measured:
         return value[0], metrics
 
 
-class Levels:
-    """Both levels of a bilevel problem, as the methods of the loop see them.
+class Problem:
+    """A bilevel problem as the methods of the loop see it.
 
     Attributes:
         f: the inner objective, of a batch.
         g: the outer one.
         params: θ.
         hparams: φ.
+        inner: the inner level, as it was given.
+        outer: the outer one.
         inner_stream: the batches of f.
         outer_stream: those of g.
         inner_lr: the present learning rate of the inner optimiser, if it has one.
         verify: whether this outer step verifies derivatives.
-        inner_optimizer: the optimiser of ``torch.optim`` that trains θ, where one does.
+        on_failure: what a failed solve does.
         damping: what linear solves with ``damping="auto"`` remember.
     """
 
@@ -154,8 +201,9 @@ class Levels:
         hparams: Variables,
         inner_stream: Stream,
         outer_stream: Stream,
-        inner_batches: int,
-        outer_batches: int,
+        inner: Level,
+        outer: Level,
+        on_failure: OnFailure,
     ) -> None:
         self.f = f
         self.g = g
@@ -165,10 +213,10 @@ class Levels:
         self.outer_stream = outer_stream
         self.inner_lr: float | None = None
         self.verify: Verify = "once"
-        self.inner_optimizer: torch.optim.Optimizer | None = None
+        self.on_failure = on_failure
         self.damping = AutoDamping()
-        self._inner_batches = inner_batches
-        self._outer_batches = outer_batches
+        self.inner = inner
+        self.outer = outer
 
     def inner_loss_and_grads(self, batch: Any) -> float:
         """``f`` on a batch, as training sees it; leaves ``∂_θ f`` where the optimiser looks.
@@ -198,7 +246,7 @@ class Levels:
 
     def draw_inner(self) -> list[Any]:
         """The batches of f for one hypergradient."""
-        return [self.inner_stream.next() for _ in range(self._inner_batches)]
+        return [self.inner_stream.next() for _ in range(self.inner.batches)]
 
     def inner_objective(self, batches: list[Any] | None = None) -> Objective:
         """``f(params, hparams)``, the mean over some batches; by default the next ones."""
@@ -206,7 +254,7 @@ class Levels:
 
     def outer_objective(self) -> Objective:
         """``g(params, hparams)`` on the next batch, or the mean over the next few."""
-        return self.g.over([self.outer_stream.next() for _ in range(self._outer_batches)])
+        return self.g.over([self.outer_stream.next() for _ in range(self.outer.batches)])
 
     def sampled_inner(self) -> Sampled:
         """``f`` on a fresh batch at each evaluation."""

@@ -22,12 +22,12 @@ class Rise:
 
     Args:
         loader: of g; ``None`` is one batch for ever.
-        outer_batches: how many of them a row takes.
+        batches: how many of them a row takes.
     """
 
-    def __init__(self, loader: Any, outer_batches: int) -> None:
+    def __init__(self, loader: Any, batches: int) -> None:
         count = 1 if loader is None else _length(loader)
-        self._rows = min(_LONGEST, max(_SHORTEST, math.ceil(count / outer_batches)))
+        self._rows = min(_LONGEST, max(_SHORTEST, math.ceil(count / batches)))
         self.restart([])
 
     def restart(self, losses: list[float]) -> None:
@@ -48,7 +48,7 @@ class Rise:
         warnings.warn(
             f"the outer loss has risen from {self._best:.6g} at step {self._best_step} to "
             f"{loss:.6g} at step {self._step}, past twice its best; lower the learning rate of "
-            "outer_optimizer or set clip_outer; hg.bilevel.KeepBest() keeps the best step, "
+            "the outer optimizer or set its clip; hg.bilevel.KeepBest() keeps the best step, "
             "history.best('outer_loss') names it",
             HypergradWarning,
             stacklevel=4,

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from hypergrad._checks import check_choice, check_count
+from hypergrad._checks import check_choice, check_count, check_objective, given
 from hypergrad._saving import check_form, check_keys
+from hypergrad.autodiff.modules import on_modules
 from hypergrad.bilevel.batches import Stream
 from hypergrad.bilevel.callbacks import Callback
 from hypergrad.bilevel.checkpoints.store import Store
 from hypergrad.bilevel.history import History, Record
 from hypergrad.bilevel.loop import Loop, Restart, interrupts
-from hypergrad.bilevel.methods.choices import InnerOptimizer, Method, check_scheduler, procedure
+from hypergrad.bilevel.methods.choices import Method, check_scheduler, procedure
 from hypergrad.bilevel.optimizer_state import signature
 from hypergrad.bilevel.options import check_options
-from hypergrad.bilevel.problem import Levels, LoopObjective, Measured
+from hypergrad.bilevel.problem import Level, Measured, Problem
 from hypergrad.bilevel.rise import Rise
 from hypergrad.bilevel.steps import OuterStep
 from hypergrad.bilevel.variables import Variables
 from hypergrad.distributed.ranks import mean_of_all, ranks_of
 from hypergrad.errors import CheckpointError
+from hypergrad.hypergradients import with_modules
 from hypergrad.linsolve import CG
+from hypergrad.linsolve.base import OnFailure
 from hypergrad.optimizers import Optimizer
 from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
 from hypergrad.tree import Tree
@@ -36,56 +40,39 @@ from hypergrad.verification.verification import Verify
 class BilevelSolver:
     """Minimise ``g(θ*(φ), φ)`` over φ, ``θ*(φ) = argmin_θ f(θ, φ)``, over mini-batches.
 
-    An outer step makes ``inner_steps`` steps of θ, asks ``hypergradient`` for dg/dφ and makes one
-    step of φ. To change method is to change that one argument:
+    An outer step makes ``inner_steps`` steps of θ, asks ``method`` for dg/dφ and makes one step of
+    φ. To change method is to change that one argument:
 
     ===============================  ===========================================================
-    ``hypergradient=``               what an outer step does
+    ``method=``                      what an outer step does
     ===============================  ===========================================================
     any linear solver, ``hg.CG()``   trains θ, then implicit differentiation with warm starts
-    ``hg.bilevel.Implicit(...)``     the same, with options
+    ``hg.Implicit(...)``             the same, with options
     ``hg.Unrolled(...)``             trains θ, then differentiates those very steps
     ``T1T2``, ``DARTS``              trains θ, then looks one step back, or ahead
-    ``StocBiO``, ``AmIGO``           trains θ, then solves by a fresh batch a product
+    ``StocBiO``, ``AmIGO``           trains θ, then solves with a fresh batch per product
     ``hg.single_loop.SOBA`` ...      moves θ and φ together, one step each
     ===============================  ===========================================================
 
     The state between two outer steps is all there is: :meth:`save` writes it, and a solver that
     was built alike and calls :meth:`resume` goes on bit for bit (on a CPU), wherever a
-    ``DataLoader`` was. Batches come for ever, each pass over a loader from a seed of its own.
+    ``DataLoader`` was. A loader is iterated endlessly, each pass from a seed of its own.
 
     Args:
-        inner: ``f(params, hparams, batch)``, a scalar tensor, or ``(scalar, metrics)`` with a
-            mapping from names to numbers.
-        outer: ``g(params, hparams, batch)``, likewise.
-        params: θ: a module, whose parameters that require gradients are passed as a dictionary for
-            ``torch.func.functional_call``, and whose buffers and modes are looked after; or any
-            tree of leaf tensors. Changed in place.
-        hparams: φ, likewise.
-        inner_loader: batches for f, anything that can be iterated again and again; their tensors
-            are moved to the device. ``None``: one batch for ever, ``None``.
-        outer_loader: batches for g, likewise.
-        inner_optimizer: of ``torch.optim``, over θ; also as Accelerate or Fabric prepared it. With
-            ``hg.Unrolled()`` also one of :mod:`hypergrad.optimizers`, or a function of ``hparams``
-            that returns one.
-        outer_optimizer: of ``torch.optim``, over φ.
-        hypergradient: the method, see above.
+        inner: f, θ, and how θ is trained.
+        outer: g, φ, and how φ is moved.
+        method: where dg/dφ comes from, see above.
         inner_steps: per outer step; 1 for single loops.
         outer_steps: where the loop ends.
         warmup_steps: inner steps before the first outer step.
-        inner_batches: over how many batches f is averaged for the hypergradient.
-        outer_batches: over how many batches g is.
         restart: where the inner problem starts: ``None``, where it was; ``"initial"``, from the
             parameters, buffers and optimiser state of now; or a function without arguments that
             initialises θ in place, or returns new values for it.
         restart_every: outer steps between restarts.
         project: ``project(hparams)`` after each outer step changes φ in place, or returns what to
             put there, such as ``lambda decay: decay.clamp(min=0.0)``.
-        clip_inner: the largest norm of an inner gradient; with ``hg.Unrolled()`` the clipping is
-            a part of the steps that is differentiated, see :class:`hypergrad.optimizers.Clipped`.
-        clip_outer: the largest norm of a hypergradient.
-        inner_scheduler: of ``inner_optimizer``, stepped with it.
-        outer_scheduler: of ``outer_optimizer``, stepped with it; a plateau scheduler hears g.
+        on_failure: what a failed solve or verification does: ``"warn"`` (once for each way to fail;
+            the history has every step), ``"raise"`` or ``"ignore"``.
         verify: whether an outer step compares the derivatives with differences, see
             :func:`hypergrad.hypergradient`: ``"once"`` is here the first step, the first one after
             a resumption and every hundredth; ``"always"`` or ``"never"``. Methods that draw a fresh
@@ -101,7 +88,9 @@ class BilevelSolver:
         callbacks: what listens, see :class:`hypergrad.bilevel.Callback`.
 
     Attributes:
-        history: a row for each outer step.
+        inner: the inner level, as it was given.
+        outer: the outer one.
+        history: a record of each outer step.
         outer_steps: how many to make.
         stop_reason: why the loop ended early, or ``None``.
         device: where it computes.
@@ -123,12 +112,16 @@ class BilevelSolver:
         >>> import torch, hypergrad as hg
         >>> w, c = torch.zeros(1), torch.ones(1)
         >>> solver = hg.BilevelSolver(
-        ...     lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
-        ...     lambda w, c, _: (0.5 * (w - 1.0) ** 2).sum(),
-        ...     w,
-        ...     c,
-        ...     inner_optimizer=torch.optim.SGD([w], lr=0.3),
-        ...     outer_optimizer=torch.optim.SGD([c], lr=2.0),
+        ...     hg.Level(
+        ...         lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
+        ...         w,
+        ...         torch.optim.SGD([w], lr=0.3),
+        ...     ),
+        ...     hg.Level(
+        ...         lambda w, c, _: (0.5 * (w - 1.0) ** 2).sum(),
+        ...         c,
+        ...         torch.optim.SGD([c], lr=2.0),
+        ...     ),
         ...     inner_steps=10,
         ...     outer_steps=50,
         ... )
@@ -139,28 +132,17 @@ class BilevelSolver:
 
     def __init__(
         self,
-        inner: LoopObjective,
-        outer: LoopObjective,
-        params: Tree | nn.Module,
-        hparams: Tree | nn.Module,
+        inner: Level,
+        outer: Level,
         *,
-        inner_optimizer: InnerOptimizer,
-        outer_optimizer: torch.optim.Optimizer,
-        inner_loader: Iterable[Any] | None = None,
-        outer_loader: Iterable[Any] | None = None,
-        hypergradient: Method = CG(),
+        method: Method = CG(),
         inner_steps: int = 1,
         outer_steps: int = 100,
         warmup_steps: int = 0,
-        inner_batches: int = 1,
-        outer_batches: int = 1,
         restart: Restart = None,
         restart_every: int = 1,
         project: Callable[[Tree], Tree | None] | None = None,
-        clip_inner: float | None = None,
-        clip_outer: float | None = None,
-        inner_scheduler: Any = None,
-        outer_scheduler: Any = None,
+        on_failure: OnFailure = "warn",
         verify: Verify = "once",
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -169,25 +151,22 @@ class BilevelSolver:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         counts = {
-            "inner_steps": inner_steps, "outer_steps": outer_steps, "restart_every": restart_every,
-            "inner_batches": inner_batches, "outer_batches": outer_batches,
+            "inner_steps": inner_steps, "outer_steps": outer_steps, "restart_every": restart_every
         }  # fmt: skip
-        inner_optimizer = unprepared_optimizer(inner_optimizer)
-        outer_optimizer = unprepared_optimizer(outer_optimizer)
-        inner_scheduler = unprepared_scheduler(inner_scheduler)
-        outer_scheduler = unprepared_scheduler(outer_scheduler)
-        clips = {"clip_inner": clip_inner, "clip_outer": clip_outer}
-        check_options(counts, clips, warmup_steps, project, restart, autocast, callbacks)
+        check_options(counts, warmup_steps, project, restart, autocast, callbacks)
+        check_choice(on_failure, "on_failure", get_args(OnFailure))
         check_choice(verify, "verify", get_args(Verify))
+        inner, outer = _unprepared(inner, "inner"), _unprepared(outer, "outer")
         device = None if device is None else torch.device(device)
-        self._params = Variables(params, "params", device)
-        self._hparams = Variables(hparams, "hparams", device)
+        self._params = Variables(inner.params, "params", device)
+        self._hparams = Variables(outer.params, "hparams", device)
         shared = {id(leaf) for leaf in self._params.leaves}
         for where, leaf in self._hparams.named():
             if id(leaf) in shared:
                 raise ValueError(f"hparams must be apart from params, got {where} in both")
         self.device = device or self._params.leaves[0].device
         self.autocast = autocast
+        self.inner, self.outer = inner, outer
         self.process_group = process_group
         self._ranks = None if process_group is None else ranks_of(process_group, "process_group")
         self.store = Store(self._ranks)
@@ -198,44 +177,44 @@ class BilevelSolver:
         if self._ranks is not None:
             seed = self._ranks.gathered(seed)[0]
             torch.manual_seed(seed)
-        self._levels = levels = Levels(
-            Measured(inner, "inner", self.device, autocast, process_group),
-            Measured(outer, "outer", self.device, autocast, process_group),
-            self._params,
-            self._hparams,
-            Stream(inner_loader, "inner_loader", seed, self.device, self._ranks is not None),
-            Stream(outer_loader, "outer_loader", seed, self.device, self._ranks is not None),
-            inner_batches,
-            outer_batches,
+        f, g = (
+            Measured(
+                on_modules(level.objective, inner.params, outer.params),
+                name, self.device, autocast, process_group,
+            )
+            for name, level in (("inner", inner), ("outer", outer))
+        )  # fmt: skip
+        inner_stream, outer_stream = (
+            Stream(level.loader, f"{name}.loader", seed, self.device, self._ranks is not None)
+            for name, level in (("inner", inner), ("outer", outer))
         )
-        check_scheduler(inner_scheduler, inner_optimizer, "inner")
-        check_scheduler(outer_scheduler, outer_optimizer, "outer")
+        self._problem = problem = Problem(
+            f, g, self._params, self._hparams, inner_stream, outer_stream, inner, outer, on_failure
+        )
+        # A curvature gets modules, as the objectives do.
+        method = with_modules(method, inner.params, outer.params)
         self._loop = Loop(
-            levels,
-            procedure(
-                hypergradient, levels, inner_optimizer, scheduler=inner_scheduler,
-                clip=clip_inner, inner_steps=inner_steps, inner_batches=inner_batches,
-                outer_batches=outer_batches, restarts=restart is not None,
-            ),
-            OuterStep(self._hparams, outer_optimizer, outer_scheduler, clip_outer, project),
-            hypergradient,
+            problem,
+            procedure(method, problem, inner_steps=inner_steps, restarts=restart is not None),
+            OuterStep(self._hparams, outer, project),
+            method,
             inner_steps=inner_steps,
             warmup_steps=warmup_steps,
             restart=restart,
             restart_every=restart_every,
             verify=verify,
             # φ may act through a function that returns the optimiser.
-            quiet=not isinstance(inner_optimizer, (torch.optim.Optimizer, Optimizer)),
-        )  # fmt: skip
+            quiet=not isinstance(inner.optimizer, (torch.optim.Optimizer, Optimizer)),
+        )
         self._optimizers = [
-            signature(inner_optimizer, inner_scheduler),
-            signature(outer_optimizer, outer_scheduler),
+            signature(inner.optimizer, inner.scheduler),
+            signature(outer.optimizer, outer.scheduler),
         ]
         # Those that save hear of a step when all others have.
         heard = [c for c in callbacks if self.is_first_rank or not c.first_rank_only]
         self._callbacks = sorted(heard, key=lambda callback: callback.saves)
         self.history = History()
-        self._rise = Rise(outer_loader, outer_batches)
+        self._rise = Rise(outer.loader, outer.batches)
         self.outer_steps = outer_steps
         self.stop_reason: str | None = None
 
@@ -387,15 +366,15 @@ class BilevelSolver:
             # One that raises keeps none of the others from closing what it has open.
             for callback in reversed(self._callbacks):
                 stack.callback(callback.on_end, self, error)
-            for stream in (self._levels.inner_stream, self._levels.outer_stream):
+            for stream in (self._problem.inner_stream, self._problem.outer_stream):
                 stack.callback(stream.close)
 
-    def _problem(self) -> dict[str, Any]:
-        return {**self._loop.problem(), "optimizers": self._optimizers}
+    def _identity(self) -> dict[str, Any]:
+        return {**self._loop.identity(), "optimizers": self._optimizers}
 
     def _state(self) -> dict[str, Any]:
         return {
-            "problem": self._problem(),
+            "problem": self._identity(),
             "loop": self._loop.state_dict(),
             "history": self.history.state_dict(),
             "callbacks": [
@@ -418,7 +397,7 @@ class BilevelSolver:
         """Raise unless ``saved`` is whole and of this problem; nothing is changed."""
         try:
             check_keys(saved, ("problem", "loop", "history", "callbacks"), "the state")
-            here = self._problem()
+            here = self._identity()
             check_keys(saved["problem"], tuple(here), "the problem")
         except ValueError as error:
             raise CheckpointError(f"{path} is not whole: {error}") from error
@@ -454,3 +433,23 @@ class BilevelSolver:
                 # One that cannot take its own state back keeps none of the others from theirs.
                 with careful:
                     callback.load_state_dict(own.pop(0))
+
+
+def _unprepared(level: Any, name: str) -> Level:
+    """The level with its own optimiser and scheduler, not what Accelerate or Fabric made of them.
+
+    Raises:
+        TypeError, ValueError: it is no level, or its parts do not belong together.
+    """
+    if not isinstance(level, Level):
+        raise TypeError(
+            f"{name} must be hg.Level(objective, params, optimizer, ...), got {given(level)}"
+        )
+    check_objective(level.objective, f"{name}.objective", "(params, hparams, batch)")
+    level = replace(
+        level,
+        optimizer=unprepared_optimizer(level.optimizer),
+        scheduler=unprepared_scheduler(level.scheduler),
+    )
+    check_scheduler(level.scheduler, level.optimizer, name)
+    return level

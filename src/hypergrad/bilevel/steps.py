@@ -18,7 +18,7 @@ from hypergrad.bilevel.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
 )
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.problem import Level, Problem
 from hypergrad.bilevel.variables import Variables
 from hypergrad.errors import NonFiniteError
 from hypergrad.tree import Tree
@@ -28,10 +28,7 @@ class Trainer:
     """``θ ← optimiser(θ, ∂_θ f)``, one batch a step.
 
     Args:
-        levels: the problem.
-        optimizer: over ``levels.params``.
-        scheduler: of ``optimizer``, stepped with it.
-        clip: the largest norm of a gradient; ``None`` leaves it.
+        problem: the problem, whose inner level has the optimiser.
         restarts: whether :meth:`reset` will be called.
 
     Attributes:
@@ -40,17 +37,17 @@ class Trainer:
 
     def __init__(
         self,
-        levels: Levels,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        clip: float | None,
+        problem: Problem,
         restarts: bool,
     ) -> None:
-        self._levels = levels
+        self._problem = problem
+        optimizer: Any = problem.inner.optimizer
         self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._clip = clip
-        self._initial = copy.deepcopy(optimizer_state(optimizer, scheduler)) if restarts else None
+        self._scheduler = problem.inner.scheduler
+        self._clip = problem.inner.clip
+        self._initial = None
+        if restarts:
+            self._initial = copy.deepcopy(optimizer_state(optimizer, self._scheduler))
         self.count = 0
 
     def step(self) -> float:
@@ -59,12 +56,12 @@ class Trainer:
         Raises:
             NonFiniteError: the loss or its gradient is infinite or NaN; θ stays as it was.
         """
-        stream = self._levels.inner_stream
+        stream = self._problem.inner_stream
         batch = stream.next()
         losses = []
 
         def closure() -> float:
-            losses.append(self._levels.inner_loss_and_grads(batch))
+            losses.append(self._problem.inner_loss_and_grads(batch))
             self._clip_grads()
             return losses[-1]
 
@@ -75,7 +72,7 @@ class Trainer:
 
     def step_along(self, directions: Any, loss: float) -> None:
         """One step along given directions in place of the gradient."""
-        self._levels.params.set_grads(directions)
+        self._problem.params.set_grads(directions)
         self._clip_grads()
         self._optimizer.step()
         self._finish(loss)
@@ -98,7 +95,7 @@ class Trainer:
         """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
         check_keys(state, ("optimizer", "scheduler", "count"), "the state of the inner steps")
         check_form(state["count"], self.count, "the count of inner steps")
-        check_optimizer_state(state, self._optimizer, self._scheduler, "inner_optimizer")
+        check_optimizer_state(state, self._optimizer, self._scheduler, "inner.optimizer")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
@@ -107,10 +104,10 @@ class Trainer:
 
     def _clip_grads(self) -> None:
         if self._clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._levels.params.leaves, self._clip)
+            torch.nn.utils.clip_grad_norm_(self._problem.params.leaves, self._clip)
 
     def _finish(self, loss: float) -> None:
-        self._levels.params.clear_grads()
+        self._problem.params.clear_grads()
         step_scheduler(self._scheduler, loss)
         self.count += 1
 
@@ -150,9 +147,7 @@ class OuterStep:
 
     Args:
         hparams: φ.
-        optimizer: over φ.
-        scheduler: of ``optimizer``, stepped with it.
-        clip: the largest norm of a hypergradient; ``None`` leaves it.
+        level: the outer one.
         project: changes φ in place, or returns what to put there; ``None`` leaves it.
 
     Raises:
@@ -162,20 +157,18 @@ class OuterStep:
     def __init__(
         self,
         hparams: Variables,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        clip: float | None,
+        level: Level,
         project: Callable[[Tree], Tree | None] | None,
     ) -> None:
-        hparams.check_optimizer(optimizer, "outer_optimizer")
-        if isinstance(optimizer, torch.optim.LBFGS):
+        hparams.check_optimizer(level.optimizer, "outer.optimizer")
+        if isinstance(level.optimizer, torch.optim.LBFGS):
             raise TypeError(
-                "outer_optimizer must step along one hypergradient, which LBFGS does not"
+                "outer.optimizer must step along one hypergradient, which LBFGS does not"
             )
         self._hparams = hparams
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._clip = clip
+        self._optimizer: Any = level.optimizer
+        self._scheduler = level.scheduler
+        self._clip = level.clip
         self._project = project
 
     def apply(self, grads: Tree, outer_value: float) -> float:
@@ -227,7 +220,7 @@ class OuterStep:
     def check_state(self, state: Any) -> None:
         """Raise ``ValueError`` unless :meth:`load_state_dict` could take ``state``."""
         check_keys(state, ("optimizer", "scheduler"), "the state of the outer step")
-        check_optimizer_state(state, self._optimizer, self._scheduler, "outer_optimizer")
+        check_optimizer_state(state, self._optimizer, self._scheduler, "outer.optimizer")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""

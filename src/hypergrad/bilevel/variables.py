@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hypergrad import tree as tr
 from hypergrad._checks import check_structure, check_tree, given
 from hypergrad._saving import check_form
+from hypergrad.autodiff.modules import parameters_of
 from hypergrad.tree import Tree
 
 
@@ -35,17 +36,9 @@ class Variables:
     def __init__(self, given: Tree | nn.Module, name: str, device: torch.device | None) -> None:
         self.name = name
         self.module = given if isinstance(given, nn.Module) else None
-        self.tree: Tree = given
-        if self.module is not None:
-            if device is not None:
-                self.module.to(device)
-            named = self.module.named_parameters()
-            self.tree = {key: value for key, value in named if value.requires_grad}
-            if not self.tree:
-                raise ValueError(
-                    f"{name} must have parameters that require gradients, got a "
-                    f"{type(given).__name__} with none"
-                )
+        if self.module is not None and device is not None:
+            self.module.to(device)
+        self.tree = parameters_of(given, name)
         check_tree(self.tree, name)
         self._leaves = [*tr.leaves(self.tree)]
         for where, leaf in self.named():

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.autodiff.isolation import Buffers, RandomState
 from hypergrad.diagnosis.differences import directional_derivative
 from hypergrad.diagnosis.report import Finding, Report, Trial, UnrolledReport
-from hypergrad.implicit.hypergradient import Hypergradient, hypergradient
+from hypergrad.hypergradients import Method, as_method, hypergradient, on_trees
+from hypergrad.implicit.hypergradient import Implicit
 from hypergrad.linsolve import (
     CG,
     MINRES,
@@ -30,13 +31,12 @@ from hypergrad.linsolve import (
     extreme_eigenvalues,
     sufficient_damping,
 )
-from hypergrad.operators import Damped, Hessian, Mode, hessian
+from hypergrad.operators import Damped, Hessian, hessian
 from hypergrad.operators.gradients import value_and_gradients
+from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
 from hypergrad.unrolling.hypergradient import (
     Unrolled,
-    UnrolledHypergradient,
-    check_unrolled,
     unrolled_hypergradient,
 )
 from hypergrad.verification.dependence import examine
@@ -61,11 +61,10 @@ _RANK = 25
 def check(
     inner: Objective,
     outer: Objective,
-    params: Tree,
-    hparams: Tree,
+    params: Tree | nn.Module,
+    hparams: Tree | nn.Module,
     *,
-    method: None = None,
-    mode: Mode = "auto",
+    method: LinearSolver | Implicit = ...,
     generator: torch.Generator | None = None,
 ) -> Report: ...
 
@@ -74,11 +73,10 @@ def check(
 def check(
     inner: Callable[..., Tensor],
     outer: Objective,
-    params: Tree,
-    hparams: Tree,
+    params: Tree | nn.Module,
+    hparams: Tree | nn.Module,
     *,
     method: Unrolled,
-    mode: Mode = "auto",
     generator: torch.Generator | None = None,
 ) -> UnrolledReport: ...
 
@@ -86,11 +84,10 @@ def check(
 def check(
     inner: Objective,
     outer: Objective,
-    params: Tree,
-    hparams: Tree,
+    params: Tree | nn.Module,
+    hparams: Tree | nn.Module,
     *,
-    method: Unrolled | None = None,
-    mode: Mode = "auto",
+    method: Method = CG(),
     generator: torch.Generator | None = None,
 ) -> Report | UnrolledReport:
     """Examine a bilevel problem once: stationarity, curvature, agreement, cost, recommendation.
@@ -109,9 +106,8 @@ def check(
         outer: g.
         params: θ, at or near a minimiser of f.
         hparams: φ.
-        method: :class:`Unrolled` with its optimiser and steps, or ``None`` for implicit
-            differentiation.
-        mode: see :func:`hypergradient`.
+        method: a linear solver or :class:`Implicit`, which is tried next to the five solvers and
+            whose ``mode`` all of them use; or :class:`Unrolled` with its optimiser and steps.
         generator: for the random direction and the sketches; ``None`` is a fixed one.
 
     Returns:
@@ -130,8 +126,11 @@ def check(
         True
     """
     generator = generator or torch.Generator().manual_seed(0)
-    if method is not None:
+    method = as_method(method)
+    inner, outer, params, hparams = on_trees(inner, outer, params, hparams)
+    if isinstance(method, Unrolled):
         return _check_unrolled(method, inner, outer, params, hparams, generator)
+    mode = method.mode
     operator = hessian(inner, params, hparams, mode=mode)
     size = tr.size(params)
     ends = extreme_eigenvalues(operator, maxiter=min(100, size), rtol=1e-8)
@@ -139,7 +138,8 @@ def check(
     def attempt(solver: LinearSolver, damping: float) -> Hypergradient:
         return hypergradient(
             inner, outer, params, hparams,
-            solver=solver, damping=damping, on_failure="ignore", mode=mode, verify="never",
+            method=Implicit(solver, damping=damping, mode=mode),
+            on_failure="ignore", verify="never",
         )  # fmt: skip
 
     damping = _needed_damping(ends)
@@ -152,7 +152,10 @@ def check(
             reference_solver, reference = _ITERATIVE, other
     norm = tr.norm(reference.grads)
     trials = {}
-    for name, solver in _solvers(size, ends, damping, generator).items():
+    solvers = _solvers(size, ends, damping, generator)
+    if method.solver != CG():
+        solvers[f"given: {type(method.solver).__name__}"] = method.solver
+    for name, solver in solvers.items():
         result = attempt(solver, damping)
         difference = tr.norm(tr.subtract(result.grads, reference.grads))
         solve = result.solve
@@ -229,15 +232,14 @@ def _check_unrolled(
     hparams: Tree,
     generator: torch.Generator,
 ) -> UnrolledReport:
-    check_unrolled(method)
     random_state = RandomState(params, hparams)
 
-    def run(displaced: Tree, verify: Verify) -> UnrolledHypergradient:
+    def run(displaced: Tree, verify: Verify) -> Hypergradient:
         buffers = Buffers(differentiable=True)
         try:
             with random_state.replayed():
                 return unrolled_hypergradient(
-                    method, inner, outer, params, displaced, verify, buffers
+                    method, inner, outer, params, displaced, verify=verify, buffers=buffers
                 )
         finally:
             buffers.take_back()

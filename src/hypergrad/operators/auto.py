@@ -7,14 +7,15 @@ import warnings
 from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_choice
 from hypergrad._private import inside_a_transform, is_batch_of_cotangents
 from hypergrad.autodiff.evaluation import Objective
+from hypergrad.autodiff.modules import parameters_of
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
-from hypergrad.minibatches import Averaged, Sampled
+from hypergrad.minibatches import Averaged, Sampled, objective_on_modules
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
 from hypergrad.operators.compiled.hessian import CompiledHessian
 from hypergrad.operators.gradients import Shared
@@ -25,14 +26,21 @@ from hypergrad.tree import Tree
 Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference", "compiled"]
 
 
-def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto") -> Hessian:
+def hessian(
+    inner: Objective,
+    params: Tree | nn.Module,
+    hparams: Tree | nn.Module,
+    *,
+    mode: Mode = "auto",
+) -> Hessian:
     """The Hessian ``∂²f/∂θ²`` of an inner objective, with its outer side.
 
     Args:
         inner: ``f(params, hparams)``, returns a scalar tensor; or mini-batches of it,
             :class:`hypergrad.Averaged` or :class:`hypergrad.Sampled`.
-        params: θ, a tree of floating-point tensors.
-        hparams: φ, likewise.
+        params: θ, a tree of floating-point tensors or a module, as for
+            :func:`hypergrad.hypergradient`.
+        hparams: φ, of the same kinds.
         mode: how products are computed. ``"reverse"``: over a kept graph, at once the fastest.
             ``"forward"``: forward over reverse, nothing kept between two products.
             ``"finite-difference"``: central differences of first gradients, for models without
@@ -56,6 +64,8 @@ def hessian(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode = "auto
         tensor([ 6., 12.])
     """
     check_choice(mode, "mode", get_args(Mode))
+    inner = objective_on_modules(inner, params, hparams)
+    params, hparams = parameters_of(params, "params"), parameters_of(hparams, "hparams")
     if isinstance(inner, Averaged):
         return AveragedHessian(inner, params, hparams, _MODES[mode])
     if isinstance(inner, Sampled):

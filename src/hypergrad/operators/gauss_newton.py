@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_structure
 from hypergrad.autodiff.evaluation import Objective
+from hypergrad.autodiff.modules import on_modules
 from hypergrad.operators.base import SymmetricOperator
 from hypergrad.operators.jacobians import Jacobian
 from hypergrad.operators.modes import ReverseHessian, default_chunk_size
@@ -31,8 +33,8 @@ class GaussNewton(SymmetricOperator):
     Args:
         model: ``model(params, hparams)``, returns a tree of outputs z, such as logits.
         loss: ``loss(outputs, hparams)``, a scalar.
-        params: θ.
-        hparams: φ.
+        params: θ, a tree or a module, as for :func:`hypergrad.hypergradient`.
+        hparams: φ, of the same kinds.
         regulariser: ``regulariser(params, hparams)``, a scalar, such as a weight decay.
         convex: whether loss and regulariser are convex in their first argument; then G is marked
             positive semi-definite.
@@ -56,19 +58,21 @@ class GaussNewton(SymmetricOperator):
 
     def __init__(
         self,
-        model: Callable[[Tree, Tree], Tree],
+        model: Callable[[Any, Any], Tree],
         loss: Objective,
-        params: Tree,
-        hparams: Tree,
+        params: Tree | nn.Module,
+        hparams: Tree | nn.Module,
         *,
         regulariser: Objective | None = None,
         convex: bool = True,
     ) -> None:
         self._jacobian = Jacobian(model, params, hparams, "model")
-        self._loss = ReverseHessian(loss, self._jacobian.outputs, hparams)
-        self._regulariser = (
-            None if regulariser is None else ReverseHessian(regulariser, params, hparams)
-        )
+        outputs, theta, phi = self._jacobian.outputs, self._jacobian.params, self._jacobian.hparams
+        self._loss = ReverseHessian(on_modules(loss, outputs, hparams), outputs, phi)
+        self._regulariser = None
+        if regulariser is not None:
+            regulariser = on_modules(regulariser, params, hparams)
+            self._regulariser = ReverseHessian(regulariser, theta, phi)
         self._convex = convex
 
     @property
@@ -108,8 +112,8 @@ class EmpiricalFisher(SymmetricOperator):
 
     Args:
         losses: ``losses(params, hparams)``, the N losses of the samples, shape ``(N,)``.
-        params: θ.
-        hparams: φ.
+        params: θ, a tree or a module, as for :func:`hypergrad.hypergradient`.
+        hparams: φ, of the same kinds.
 
     Raises:
         TypeError, ValueError: bad trees or values; ``losses`` returns anything but one vector.
@@ -122,7 +126,12 @@ class EmpiricalFisher(SymmetricOperator):
                 [0., 8.]], dtype=torch.float64)
     """
 
-    def __init__(self, losses: Callable[[Tree, Tree], Tensor], params: Tree, hparams: Tree) -> None:
+    def __init__(
+        self,
+        losses: Callable[[Any, Any], Tensor],
+        params: Tree | nn.Module,
+        hparams: Tree | nn.Module,
+    ) -> None:
         self._jacobian = Jacobian(losses, params, hparams, "losses")
         outputs = self._jacobian.outputs
         if not isinstance(outputs, Tensor) or outputs.ndim != 1:

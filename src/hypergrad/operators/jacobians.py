@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_dependence, check_objective, check_structure, check_tree
 from hypergrad.autodiff.evaluation import evaluate_outputs, filled, fresh_leaves, leaving_no_trace
 from hypergrad.autodiff.isolation import RandomState
 from hypergrad.autodiff.kept_graph import check_differentiable, pull_back, pull_back_block
+from hypergrad.autodiff.modules import on_modules, parameters_of
 from hypergrad.operators.base import LinearOperator
 from hypergrad.operators.modes import default_chunk_size
 from hypergrad.tree import Tree
@@ -28,8 +30,8 @@ class Jacobian:
 
     Args:
         function: ``function(params, hparams)``, returns a tree of floating-point tensors.
-        params: θ.
-        hparams: φ.
+        params: θ, a tree or a module, as for :func:`hypergrad.hypergradient`.
+        hparams: φ, of the same kinds.
         name: what to call the function in errors.
 
     Raises:
@@ -38,9 +40,15 @@ class Jacobian:
     """
 
     def __init__(
-        self, function: Callable[[Tree, Tree], Tree], params: Tree, hparams: Tree, name: str
+        self,
+        function: Callable[[Any, Any], Tree],
+        params: Tree | nn.Module,
+        hparams: Tree | nn.Module,
+        name: str,
     ) -> None:
         check_objective(function, name)
+        function = on_modules(function, params, hparams)
+        params, hparams = parameters_of(params, "params"), parameters_of(hparams, "hparams")
         check_tree(params, "params")
         check_tree(hparams, "hparams")
         self.params = fresh_leaves(params)

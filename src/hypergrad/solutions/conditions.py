@@ -13,8 +13,8 @@ from torch import Tensor
 from hypergrad import block as bl
 from hypergrad import tree as tr
 from hypergrad.autodiff.partial import Tensors, partial_gradient
-from hypergrad.linsolve.base import OnFailure, report_failure
 from hypergrad.linsolve import BlockCG, LinearSolver, Solution
+from hypergrad.linsolve.base import OnFailure, report_failure
 from hypergrad.operators import Hessian, LinearOperator, Mode, Root, damped, hessian
 
 Condition = Callable[[Tensors, Tensors], Any]

@@ -25,8 +25,8 @@ from hypergrad._checks import (
 )
 from hypergrad.autodiff.isolation import RandomState
 from hypergrad.autodiff.partial import Tensors
-from hypergrad.linsolve.base import OnFailure, check_solver
 from hypergrad.linsolve import CG, GMRES, FixedPoint, LinearSolver
+from hypergrad.linsolve.base import OnFailure, check_solver
 from hypergrad.operators import Mode
 from hypergrad.solutions.conditions import Condition, Conditions, Minimum, WarmStart, Zero
 from hypergrad.solutions.fitting import call_fit

@@ -12,8 +12,8 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, filled, fresh_leaves, gradient
 from hypergrad.autodiff.isolation import Buffers
-from hypergrad.minibatches import check_batches
 from hypergrad.linsolve.base import OnFailure
+from hypergrad.minibatches import check_batches
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.results import Hypergradient, Trajectory
@@ -106,9 +106,7 @@ def unrolled_hypergradient(
     course = Course(verify, method.mode, objectives[0], outer, params, hparams)
     verification = None
     if course.verifies and not method.first_order:
-        verification = verify_on_course(
-            course, objectives[0], outer, params, hparams, on_failure
-        )
+        verification = verify_on_course(course, objectives[0], outer, params, hparams, on_failure)
     memory = method.memory
     if memory == "graph" and course.mode == "finite-difference" != method.mode:
         # A graph would carry the wrong second derivatives.
@@ -159,4 +157,3 @@ def unrolled_hypergradient(
         verification=verification,
         matvecs=0 if method.first_order else differentiated,
     )
-

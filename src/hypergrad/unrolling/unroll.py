@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad import _sharding as pl
 from hypergrad import tree as tr
@@ -21,8 +21,9 @@ from hypergrad._private import inside_a_transform
 from hypergrad.autodiff.evaluation import Objective, evaluate
 from hypergrad.autodiff.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.autodiff.kept_graph import leaves_of
+from hypergrad.autodiff.modules import parameters_of
 from hypergrad.errors import HypergradWarning
-from hypergrad.minibatches import Averaged, Sampled, bind, with_arguments
+from hypergrad.minibatches import Averaged, Sampled, bind, objective_on_modules, with_arguments
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
 from hypergrad.tree import Tree
@@ -36,8 +37,8 @@ Memory: TypeAlias = Literal["recompute", "graph", "checkpoint", "forward"]
 def unroll(
     inner: Callable[..., Tensor],
     optimizer: Optimizer,
-    params: Tree,
-    hparams: Tree,
+    params: Tree | nn.Module,
+    hparams: Tree | nn.Module,
     steps: int | Iterable[Any],
     *,
     memory: Memory = "recompute",
@@ -85,9 +86,9 @@ def unroll(
             by batch unless graphs are kept, or :class:`Sampled`, which takes its next batch each
             step.
         optimizer: one of :mod:`hypergrad.optimizers`.
-        params: θ_0, a tree of floating-point tensors. A parameter that f leaves out has a zero
-            gradient.
-        hparams: φ, likewise; ``()`` where there is none.
+        params: θ_0, a tree of floating-point tensors, or a module: f then gets the module with the
+            parameters of the moment. A parameter that f leaves out has a zero gradient.
+        hparams: φ, of the same kinds; ``()`` where there is none.
         steps: T, or one batch for each step, all of which are kept until the backward pass.
         memory: see above.
         truncate: differentiate the last K steps only, a biased but cheap gradient whose error falls
@@ -126,10 +127,11 @@ def unroll(
         >>> w.detach(), c.grad, lr.grad  # (1 − 0.9²) · 3, 1 − 0.9², 2 · 0.9 · 3
         (tensor(0.5700), tensor(0.1900), tensor(5.4000))
     """
+    inner = objective_on_modules(inner, params, hparams)
     point = run(
-        objectives_of(inner, steps), optimizer, params, hparams, Buffers(), memory=memory,
-        truncate=truncate, first_order=first_order, state=state, directions=directions,
-        generator=generator, mode=mode,
+        objectives_of(inner, steps), optimizer, parameters_of(params, "params"),
+        parameters_of(hparams, "hparams"), Buffers(), memory=memory, truncate=truncate,
+        first_order=first_order, state=state, directions=directions, generator=generator, mode=mode,
     )  # fmt: skip
     return point if return_state else point[0]
 

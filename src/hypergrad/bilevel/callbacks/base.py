@@ -11,12 +11,15 @@ from torch import nn
 
 from hypergrad.bilevel.checkpoints.store import Store
 from hypergrad.bilevel.history import History, Record
+from hypergrad.bilevel.problem import Level
 from hypergrad.tree import Tree
 
 
 class Solver(Protocol):
     """What a callback sees of a :class:`hypergrad.BilevelSolver`, whose page explains each."""
 
+    inner: Level
+    outer: Level
     history: History
     outer_steps: int
     stop_reason: str | None

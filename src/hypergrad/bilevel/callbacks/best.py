@@ -44,12 +44,16 @@ class KeepBest(Callback):
         >>> w, c = torch.zeros(1), torch.ones(1)
         >>> best = hg.bilevel.KeepBest("outer_loss")
         >>> solver = hg.BilevelSolver(
-        ...     lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
-        ...     lambda w, c, _: (0.5 * (w - 1.0) ** 2).sum(),
-        ...     w,
-        ...     c,
-        ...     inner_optimizer=torch.optim.SGD([w], lr=0.3),
-        ...     outer_optimizer=torch.optim.SGD([c], lr=7.0),  # too long: it jumps past the best
+        ...     hg.Level(
+        ...         lambda w, c, _: (0.5 * (w - 3.0) ** 2 + 0.5 * c * w**2).sum(),
+        ...         w,
+        ...         torch.optim.SGD([w], lr=0.3),
+        ...     ),
+        ...     hg.Level(
+        ...         lambda w, c, _: (0.5 * (w - 1.0) ** 2).sum(),
+        ...         c,
+        ...         torch.optim.SGD([c], lr=7.0),  # too long: it jumps past the best
+        ...     ),
         ...     inner_steps=10,
         ...     outer_steps=5,
         ...     callbacks=[best],
@@ -82,7 +86,7 @@ class KeepBest(Callback):
     def on_step(self, solver: Solver, record: Record) -> None:
         """Look at the row."""
         now = _copies(tr.leaves(solver.hparams))
-        value = record.row().get(self._monitor)
+        value = record.get(self._monitor)
         if value is not None and self._sign * (self.best - float(value)) > 0.0:
             self.best, self.best_step = float(value), record.step
             hparams = self._before if _is_of_before(self._monitor) else now

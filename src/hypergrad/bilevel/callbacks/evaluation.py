@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_count, check_number
+from hypergrad._checks import check_count, check_number, check_objective
 from hypergrad.autodiff.isolation import RandomState, isolated_buffers
+from hypergrad.autodiff.modules import on_modules
 from hypergrad.bilevel.batches import to_device
 from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record
@@ -26,7 +27,8 @@ class Evaluation(Callback):
     state change. The row gets ``"name/loss"``, and ``"name/metric"`` for each metric.
 
     Args:
-        objective: ``h(params, hparams, batch)``, a scalar or ``(scalar, metrics)``.
+        objective: ``h(params, hparams, batch)``, a scalar or ``(scalar, metrics)``; it gets modules
+            where the objectives of the levels do.
         loader: anything that can be iterated again and again.
         name: of the columns.
         every: how many outer steps from one evaluation to the next.
@@ -45,6 +47,7 @@ class Evaluation(Callback):
         every: int = 1,
         weight: Callable[[Any], float] | None = None,
     ) -> None:
+        check_objective(objective, "objective", "(params, hparams, batch)")
         check_batches(loader, "loader")
         check_count(every, "every")
         self._objective = objective
@@ -60,12 +63,12 @@ class Evaluation(Callback):
         params, hparams = tr.detach(solver.params), tr.detach(solver.hparams)
         state = RandomState(params, hparams)
         with torch.no_grad(), isolated_buffers(), state.replayed(), _evaluating(solver.modules):
-            return self._means(solver.device, solver.autocast, params, hparams)
+            return self._means(solver, params, hparams)
 
-    def _means(
-        self, device: torch.device, autocast: torch.dtype | None, params: Any, hparams: Any
-    ) -> dict[str, float]:
-        objective = Measured(self._objective, self._name, device, autocast)
+    def _means(self, solver: Solver, params: Any, hparams: Any) -> dict[str, float]:
+        device = solver.device
+        function = on_modules(self._objective, solver.inner.params, solver.outer.params)
+        objective = Measured(function, self._name, device, solver.autocast)
         sums: dict[str, float] = {}
         total = 0.0
         for batch in self._loader:

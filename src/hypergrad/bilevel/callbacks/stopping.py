@@ -56,7 +56,7 @@ class EarlyStopping(Callback):
 
     def on_step(self, solver: Solver, record: Record) -> None:
         """Look at the row."""
-        value = record.row().get(self._monitor)
+        value = record.get(self._monitor)
         if value is None:
             return
         number = float(value)

@@ -78,7 +78,7 @@ class TableFile(Callback):
             text = None if self._behind else self.render_row(record.row())
             if text is None:
                 # Not from the file, which may have lost some: the history has all, this one too.
-                self._rewrite(list(solver.history))
+                self._rewrite([past.row() for past in solver.history])
             else:
                 self._write(text)
 
@@ -87,7 +87,7 @@ class TableFile(Callback):
     def on_end(self, solver: Solver, error: BaseException | None) -> None:
         """Close the file."""
         if self._behind and len(solver.history):
-            self._try(lambda: self._rewrite(list(solver.history)))
+            self._try(lambda: self._rewrite([past.row() for past in solver.history]))
         self._close()
 
     def _try(self, work: Callable[[], None]) -> None:

@@ -7,13 +7,15 @@ from typing import Any, TypeAlias
 
 import torch
 
+from hypergrad import hypergradients
 from hypergrad._checks import given
-from hypergrad.bilevel.methods.estimators import AmIGO, Estimator, Implicit, StocBiO
+from hypergrad.bilevel.methods.estimators import AmIGO, ByImplicit, Estimator, StocBiO
 from hypergrad.bilevel.methods.followed import Followed
 from hypergrad.bilevel.methods.procedures import Alternating, Procedure, Together
 from hypergrad.bilevel.methods.unrolling import Unrolling
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.problem import Problem
 from hypergrad.bilevel.steps import Trainer
+from hypergrad.implicit.hypergradient import Implicit
 from hypergrad.linsolve import LinearSolver
 from hypergrad.optimizers import Clipped, Optimizer
 from hypergrad.optimizers import from_torch as twin_of
@@ -22,25 +24,11 @@ from hypergrad.single_loop import SingleLoop
 from hypergrad.tree import Tree
 from hypergrad.unrolling.hypergradient import Unrolled
 
-Method: TypeAlias = LinearSolver | Estimator | Unrolled | SingleLoop
-"""What ``hypergradient=`` may be."""
-
-InnerOptimizer: TypeAlias = torch.optim.Optimizer | Optimizer | Callable[[Tree], Optimizer]
-"""What ``inner_optimizer=`` may be; all but the first for unrolling only."""
+Method: TypeAlias = hypergradients.Method | Estimator | SingleLoop
+"""Where the hypergradients of a loop come from."""
 
 
-def procedure(
-    method: Any,
-    levels: Levels,
-    optimizer: Any,
-    *,
-    scheduler: Any,
-    clip: float | None,
-    inner_steps: int,
-    inner_batches: int,
-    outer_batches: int,
-    restarts: bool,
-) -> Procedure:
+def procedure(method: Any, problem: Problem, *, inner_steps: int, restarts: bool) -> Procedure:
     """What an outer step does with these choices.
 
     Raises:
@@ -49,43 +37,48 @@ def procedure(
     if isinstance(method, LinearSolver):
         method = Implicit(method)
     name = type(method).__name__
-    if isinstance(method, (StocBiO, AmIGO)) and inner_batches != 1:
+    inner, outer = problem.inner, problem.outer
+    if isinstance(method, (StocBiO, AmIGO)) and inner.batches != 1:
         raise ValueError(
-            f"inner_batches must be 1 with {name}, which takes a fresh batch for each product, got "
-            f"{inner_batches}"
+            f"inner.batches must be 1 with {name}, which takes a fresh batch for each product, got "
+            f"{inner.batches}"
         )
-    if isinstance(method, Implicit) and method.curvature is not None and inner_batches != 1:
+    if isinstance(method, Implicit) and method.curvature is not None and inner.batches != 1:
         raise ValueError(
-            f"inner_batches must be 1 with a curvature, which is that of one batch, got "
-            f"{inner_batches}"
+            f"inner.batches must be 1 with a curvature, which is that of one batch, got "
+            f"{inner.batches}"
         )
     if isinstance(method, SingleLoop):
-        _check_single_loop(method, levels, optimizer, inner_steps, restarts)
-        if method.over_all_batches and (inner_batches, outer_batches) != (1, 1):
+        _check_single_loop(method, problem, inner_steps, restarts)
+        if method.over_all_batches and (inner.batches, outer.batches) != (1, 1):
             raise ValueError(
-                f"inner_batches and outer_batches must be 1 with {name}, which draws one batch of "
-                f"each, got {inner_batches} and {outer_batches}"
+                f"inner.batches and outer.batches must be 1 with {name}, which draws one batch of "
+                f"each, got {inner.batches} and {outer.batches}"
             )
     if isinstance(method, Unrolled):
-        steps = _differentiable(method, levels, optimizer, scheduler)
-        ours = isinstance(optimizer, torch.optim.Optimizer)
-        followed = Followed(optimizer, scheduler) if ours else None
-        return Unrolling(method, levels, steps if clip is None else _clipped(steps, clip), followed)
-    levels.params.check_optimizer(optimizer, "inner_optimizer")
-    levels.inner_optimizer = optimizer
-    trainer = Trainer(levels, optimizer, scheduler, clip, restarts)
+        steps = _differentiable(method, problem)
+        if inner.clip is not None:
+            steps = _clipped(steps, inner.clip)
+        followed = None
+        if isinstance(inner.optimizer, torch.optim.Optimizer):
+            followed = Followed(inner.optimizer, inner.scheduler)
+        return Unrolling(method, problem, steps, followed)
+    problem.params.check_optimizer(inner.optimizer, "inner.optimizer")
+    trainer = Trainer(problem, restarts)
     if isinstance(method, SingleLoop):
-        return Together(method, levels, trainer)
+        return Together(method, problem, trainer)
+    if isinstance(method, Implicit):
+        method = ByImplicit(method)
     if isinstance(method, Estimator):
-        return Alternating(method, levels, trainer)
+        return Alternating(method, problem, trainer)
     raise TypeError(
-        "hypergradient must be a linear solver such as hg.CG(), hg.Unrolled(), one of "
+        "method must be a linear solver such as hg.CG(), hg.Implicit(...), hg.Unrolled(), one of "
         f"hg.single_loop or an Estimator of hg.bilevel, got {given(method, _module(method))}"
     )
 
 
 def _check_single_loop(
-    method: SingleLoop, levels: Levels, optimizer: Any, inner_steps: int, restarts: bool
+    method: SingleLoop, problem: Problem, inner_steps: int, restarts: bool
 ) -> None:
     name = type(method).__name__
     if inner_steps != 1:
@@ -97,12 +90,12 @@ def _check_single_loop(
         raise ValueError(
             f"restart must be None with {name}, which never solves the inner problem to its end"
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(problem.inner.optimizer, torch.optim.LBFGS):
         raise TypeError(
-            f"inner_optimizer must step along a given direction with {name}, which LBFGS does not"
+            f"inner.optimizer must step along a given direction with {name}, which LBFGS does not"
         )
     if method.over_all_batches:
-        for stream in (levels.inner_stream, levels.outer_stream):
+        for stream in (problem.inner_stream, problem.outer_stream):
             if not isinstance(stream.loader, Sequence):
                 raise TypeError(
                     f"{stream.name} must be a sequence of batches with {name}, which remembers a "
@@ -110,26 +103,26 @@ def _check_single_loop(
                 )
 
 
-def _differentiable(
-    method: Unrolled, levels: Levels, optimizer: Any, scheduler: Any
-) -> Optimizer | Callable[[Tree], Optimizer]:
+def _differentiable(method: Unrolled, problem: Problem) -> Optimizer | Callable[[Tree], Optimizer]:
     for name in ("optimizer", "steps", "state"):
         if getattr(method, name) is not None:
             raise ValueError(
                 f"{name} of hg.Unrolled must be left out in a loop, which takes it from "
-                "inner_optimizer and inner_steps"
+                "inner.optimizer and inner_steps"
             )
+    optimizer: Any = problem.inner.optimizer
+    scheduler = problem.inner.scheduler
     if isinstance(optimizer, torch.optim.Optimizer):
-        levels.params.check_optimizer(optimizer, "inner_optimizer")
+        problem.params.check_optimizer(optimizer, "inner.optimizer")
         return twin_of(optimizer, scheduler=scheduler)
     if scheduler is not None:
         raise ValueError(
-            "inner_scheduler must be None with an optimiser of hypergrad.optimizers, whose "
+            "inner.scheduler must be None with an optimiser of hypergrad.optimizers, whose "
             "hyperparameters may be schedules themselves"
         )
     if isinstance(optimizer, type) or not (isinstance(optimizer, Optimizer) or callable(optimizer)):
         raise TypeError(
-            "inner_optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers or a "
+            "inner.optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers or a "
             f"function of hparams that returns one, got {given(optimizer, _module(optimizer))}"
         )
     ours: Any = optimizer
@@ -172,10 +165,10 @@ def check_scheduler(scheduler: Any, optimizer: Any, level: str) -> None:
         return
     if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         raise TypeError(
-            f"{level}_scheduler must be one of torch.optim.lr_scheduler, got "
+            f"{level}.scheduler must be one of torch.optim.lr_scheduler, got "
             f"{type(scheduler).__name__}"
         )
     if unprepared_optimizer(scheduler.optimizer) is not optimizer:
         raise ValueError(
-            f"{level}_scheduler must belong to {level}_optimizer, got one of another optimiser"
+            f"{level}.scheduler must belong to {level}.optimizer, got one of another optimiser"
         )

@@ -6,14 +6,14 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_choice, check_number
 from hypergrad.autodiff.evaluation import filled, fresh_leaves, gradient
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.problem import Problem
 from hypergrad.errors import DampingWarning, HypergradWarning, LinearSolveWarning
 from hypergrad.hypergradients import hypergradient
 from hypergrad.implicit.hypergradient import Implicit
@@ -33,11 +33,11 @@ class Estimator(ABC):
     """
 
     @abstractmethod
-    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
-        """The hypergradient at ``levels.params`` and ``levels.hparams``, neither of them changed.
+    def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
+        """The hypergradient at ``problem.params`` and ``problem.hparams``, neither of them changed.
 
         Args:
-            levels: the problem; its objectives draw batches.
+            problem: the problem; its objectives draw batches.
             x0: ``solve.x`` of the last estimate, if its solve got anywhere.
         """
 
@@ -65,25 +65,25 @@ class ByImplicit(Estimator):
                 f"hg.bilevel.{name}(...), which draws them"
             )
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
+    def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
         """By :func:`hypergrad.hypergradient`, with one warning for each way to fail."""
-        method, on_failure = self.method, levels.on_failure
+        method, on_failure = self.method, problem.on_failure
         solver, curvature = method.solver, method.curvature
         warm = solver.gains_from_x0 if method.warm_start is None else method.warm_start
-        batches = levels.draw_inner()
+        batches = problem.draw_inner()
         result = hypergradient(
-            levels.inner_objective(batches),
-            levels.outer_objective(),
-            levels.params.tree,
-            levels.hparams.tree,
+            problem.inner_objective(batches),
+            problem.outer_objective(),
+            problem.params.tree,
+            problem.hparams.tree,
             method=replace(
                 method,
-                damping=levels.damping if method.damping == "auto" else method.damping,
+                damping=problem.damping if method.damping == "auto" else method.damping,
                 curvature=curvature and (lambda w, h: curvature(w, h, *batches)),
             ),
             on_failure="ignore" if on_failure == "warn" else on_failure,
             x0=x0 if warm else None,
-            verify=levels.verify,
+            verify=problem.verify,
         )
         status = result.solve.status
         if on_failure == "warn" and status.failed:
@@ -94,7 +94,7 @@ class ByImplicit(Estimator):
                 LinearSolveWarning,
                 stacklevel=1,
             )
-        if on_failure == "warn" and levels.damping.exceeds(result.damping or 0.0):
+        if on_failure == "warn" and problem.damping.exceeds(result.damping or 0.0):
             warnings.warn(
                 "damping='auto' took more than the largest curvature that was met: θ is far from a "
                 "minimum of the inner objective; make more inner_steps or warmup_steps, or give "
@@ -141,11 +141,11 @@ class T1T2(OneStep):
         TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
+    def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
         """By a scaled identity in place of the inverse."""
         # Where a schedule has ended at 0 the last step did not move θ, and only ∂_φ g is left.
-        scale = step_size(self.lr, levels, self) or sys.float_info.min
-        return ByImplicit(Implicit(Identity(scale), mode=self.mode)).estimate(levels, None)
+        scale = step_size(self.lr, problem, self) or sys.float_info.min
+        return ByImplicit(Implicit(Identity(scale), mode=self.mode)).estimate(problem, None)
 
 
 @dataclass(frozen=True)
@@ -169,16 +169,16 @@ class DARTS(OneStep):
 
     mode: Mode = "finite-difference"
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
+    def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
         """By Equations 7 and 8."""
         inner = hessian(
-            levels.inner_objective(), levels.params.tree, levels.hparams.tree, mode=self.mode
+            problem.inner_objective(), problem.params.tree, problem.hparams.tree, mode=self.mode
         )
         grads = fresh_leaves(inner.gradient)
         with torch.enable_grad():
-            ahead = self._ahead(levels, grads)
-        leaves = fresh_leaves(ahead), fresh_leaves(levels.hparams.tree)
-        value, cotangent, direct = value_and_gradients(levels.outer_objective(), *leaves, "outer")
+            ahead = self._ahead(problem, grads)
+        leaves = fresh_leaves(ahead), fresh_leaves(problem.hparams.tree)
+        value, cotangent, direct = value_and_gradients(problem.outer_objective(), *leaves, "outer")
         # For plain gradient descent −lr times the cotangent.
         vector = filled(gradient(tr.pairing(ahead, cotangent), grads), grads)
         return Hypergradient(
@@ -189,25 +189,24 @@ class DARTS(OneStep):
             matvecs=1,
         )
 
-    def _ahead(self, levels: Levels, grads: Tree) -> Tree:
+    def _ahead(self, problem: Problem, grads: Tree) -> Tree:
         """θ', a function of the gradient."""
-        params = tr.detach(levels.params.tree)
+        params = tr.detach(problem.params.tree)
         try:
-            if levels.inner_optimizer is None:
-                raise TypeError("a loop has an inner optimiser")
-            twin = from_torch(levels.inner_optimizer)
+            optimizer: Any = problem.inner.optimizer
+            twin = from_torch(optimizer)
         except TypeError:
             warnings.warn(
                 f"DARTS looks ahead by a step of gradient descent, since "
-                f"{type(levels.inner_optimizer).__name__} has no differentiable twin; use "
-                "inner_optimizer=torch.optim.SGD(...) or Adam(...) to look ahead by the step that "
+                f"{type(problem.inner.optimizer).__name__} has no differentiable twin; use "
+                "inner.optimizer torch.optim.SGD(...) or Adam(...) to look ahead by the step that "
                 "trains",
                 HypergradWarning,
                 stacklevel=1,
             )
-            return tr.add(params, grads, -step_size(self.lr, levels, self))
+            return tr.add(params, grads, -step_size(self.lr, problem, self))
         twin = twin if self.lr is None else twin.with_lr(self.lr)
-        return twin.update(grads, twin.init(levels.params.tree), params)[0]
+        return twin.update(grads, twin.init(problem.params.tree), params)[0]
 
 
 @dataclass(frozen=True)
@@ -231,9 +230,9 @@ class StocBiO(Estimator):
     def __post_init__(self) -> None:
         StochasticNeumann(self.terms, self.step)
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
+    def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
         """By :class:`hypergrad.StochasticNeumann`."""
-        return _sampled(levels, StochasticNeumann(self.terms, self.step), None)
+        return _sampled(problem, StochasticNeumann(self.terms, self.step), None)
 
 
 @dataclass(frozen=True)
@@ -257,33 +256,33 @@ class AmIGO(Estimator):
     def __post_init__(self) -> None:
         SGDSolve(self.steps, self.step)
 
-    def estimate(self, levels: Levels, x0: Tree | None) -> Hypergradient:
+    def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
         """By :class:`hypergrad.SGDSolve`."""
         # The last iterate: the mean of a few would hold back what the warm start gains.
-        return _sampled(levels, SGDSolve(self.steps, self.step, average=False), x0)
+        return _sampled(problem, SGDSolve(self.steps, self.step, average=False), x0)
 
 
-def step_size(lr: float | None, levels: Levels, method: object) -> float:
+def step_size(lr: float | None, problem: Problem, method: object) -> float:
     """``lr``, or that of the inner optimiser.
 
     Raises:
         ValueError: there is neither.
     """
     if lr is None:
-        lr = levels.inner_lr
+        lr = problem.inner_lr
     if lr is None:
         raise ValueError(
-            f"lr of {type(method).__name__} must be given where inner_optimizer has no one lr"
+            f"lr of {type(method).__name__} must be given where inner.optimizer has no one lr"
         )
     return lr
 
 
-def _sampled(levels: Levels, solver: LinearSolver, x0: Tree | None) -> Hypergradient:
+def _sampled(problem: Problem, solver: LinearSolver, x0: Tree | None) -> Hypergradient:
     return hypergradient(
-        levels.sampled_inner(),
-        levels.outer_objective(),
-        levels.params.tree,
-        levels.hparams.tree,
-        method=Implicit(solver, damping=levels.damping),
+        problem.sampled_inner(),
+        problem.outer_objective(),
+        problem.params.tree,
+        problem.hparams.tree,
+        method=Implicit(solver, damping=problem.damping),
         x0=x0,
     )

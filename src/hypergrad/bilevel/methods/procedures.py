@@ -9,12 +9,13 @@ from typing import Any
 from hypergrad import tree as tr
 from hypergrad._checks import check_number
 from hypergrad._saving import check_keys, from_leaves
-from hypergrad.bilevel.methods.estimators import Estimate, Estimator, step_size
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.methods.estimators import Estimator, step_size
+from hypergrad.bilevel.problem import Problem
 from hypergrad.bilevel.steps import Trainer
 from hypergrad.errors import NonFiniteError
-from hypergrad.linsolve import Status
+from hypergrad.linsolve import Solution, Status
 from hypergrad.operators import Mode
+from hypergrad.results import Hypergradient
 from hypergrad.single_loop import LoopState, SingleLoop
 from hypergrad.tree import Tree
 from hypergrad.verification.verification import Course, verify_on_course
@@ -38,7 +39,7 @@ class Procedure(ABC):
         """Inner steps alone, and the loss before each."""
 
     @abstractmethod
-    def advance(self, steps: int) -> tuple[list[float], Estimate]:
+    def advance(self, steps: int) -> tuple[list[float], Hypergradient]:
         """Inner steps, their losses, and the hypergradient after them."""
 
     @abstractmethod
@@ -62,12 +63,12 @@ class Trained(Procedure):
     """Moves θ by an optimiser of ``torch.optim``.
 
     Args:
-        levels: the problem.
+        problem: the problem.
         trainer: of θ.
     """
 
-    def __init__(self, levels: Levels, trainer: Trainer) -> None:
-        self._levels = levels
+    def __init__(self, problem: Problem, trainer: Trainer) -> None:
+        self._problem = problem
         self._trainer = trainer
 
     @property
@@ -94,22 +95,24 @@ class Alternating(Trained):
 
     Args:
         estimator: the method.
-        levels: the problem.
+        problem: the problem.
         trainer: of θ.
     """
 
-    def __init__(self, estimator: Estimator, levels: Levels, trainer: Trainer) -> None:
-        super().__init__(levels, trainer)
+    def __init__(self, estimator: Estimator, problem: Problem, trainer: Trainer) -> None:
+        super().__init__(problem, trainer)
         self._estimator = estimator
         self._solution: Tree = None
 
-    def advance(self, steps: int) -> tuple[list[float], Estimate]:
+    def advance(self, steps: int) -> tuple[list[float], Hypergradient]:
         """Train, then estimate, from the last solution of the linear system."""
         losses = self.train(steps)
-        self._levels.inner_lr = self._trainer.lr
-        estimate = self._estimator.estimate(self._levels, self._solution)
-        solve = estimate.solve
-        self._solution = None if solve is None or solve.status in _LOST else solve.x
+        self._problem.inner_lr = self._trainer.lr
+        estimate = self._estimator.estimate(self._problem, self._solution)
+        solve = estimate.receipt
+        self._solution = None
+        if isinstance(solve, Solution) and solve.status not in _LOST:
+            self._solution = solve.x
         return losses, estimate
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class Alternating(Trained):
         return {
             "trainer": self._trainer.state_dict(),
             "solution": solution,
-            "damping": self._levels.damping.start,
+            "damping": self._problem.damping.start,
         }
 
     def check_state(self, state: Any) -> None:
@@ -127,15 +130,15 @@ class Alternating(Trained):
         self._trainer.check_state(state["trainer"])
         check_number(state["damping"], "the damping", at_least=0.0)
         if state["solution"] is not None:
-            from_leaves(state["solution"], self._levels.params.tree, "the warm start", "params")
+            from_leaves(state["solution"], self._problem.params.tree, "the warm start", "params")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self._trainer.load_state_dict(state["trainer"])
-        self._levels.damping.start = state["damping"]
+        self._problem.damping.start = state["damping"]
         self._solution = state["solution"]
         if self._solution is not None:
-            like = self._levels.params.tree
+            like = self._problem.params.tree
             self._solution = from_leaves(self._solution, like, "the warm start", "params")
 
 
@@ -154,26 +157,26 @@ class Together(Trained):
 
     Args:
         method: says where to go.
-        levels: the problem.
+        problem: the problem.
         trainer: of θ.
     """
 
-    def __init__(self, method: SingleLoop, levels: Levels, trainer: Trainer) -> None:
-        super().__init__(levels, trainer)
+    def __init__(self, method: SingleLoop, problem: Problem, trainer: Trainer) -> None:
+        super().__init__(problem, trainer)
         self._method = method
         self._state: LoopState | None = None
         self._mode: Mode | None = getattr(method, "mode", None)
-        self._whole = levels.over_all_batches() if method.over_all_batches else None
+        self._whole = problem.over_all_batches() if method.over_all_batches else None
 
-    def advance(self, steps: int) -> tuple[list[float], Estimate]:
+    def advance(self, steps: int) -> tuple[list[float], Hypergradient]:
         """One step, at the θ and φ of before it."""
-        levels = self._levels
-        inner, outer = self._whole or (levels.inner_objective(), levels.outer_objective())
-        params, hparams = levels.params.tree, levels.hparams.tree
-        levels.inner_lr = self._trainer.lr
-        options: dict[str, Any] = {"lr": step_size(self._method.lr, levels, self._method)}
+        problem = self._problem
+        inner, outer = self._whole or (problem.inner_objective(), problem.outer_objective())
+        params, hparams = problem.params.tree, problem.hparams.tree
+        problem.inner_lr = self._trainer.lr
+        options: dict[str, Any] = {"lr": step_size(self._method.lr, problem, self._method)}
         verification = None
-        if levels.verify == "always" and self._mode is not None:
+        if problem.verify == "always" and self._mode is not None:
             course = Course("always", self._mode, inner, outer, params, hparams)
             verification = verify_on_course(course, inner, outer, params, hparams)
             self._mode = course.mode
@@ -186,7 +189,7 @@ class Together(Trained):
             raise NonFiniteError(f"{type(method).__name__} must give finite directions, got others")
         self._trainer.step_along(found.params, found.inner_value)
         self._state = found.state
-        return [found.inner_value], Estimate(
+        return [found.inner_value], Hypergradient(
             found.hparams,
             outer_value=found.outer_value,
             inner_value=found.inner_value,
@@ -208,7 +211,7 @@ class Together(Trained):
             # SABA's generator would go on from the state.
             generator = getattr(self._method, "generator", None)
             scratch = {} if generator is None else {"generator": generator.clone_state()}
-            trees = self._levels.params.tree, self._levels.hparams.tree
+            trees = self._problem.params.tree, self._problem.hparams.tree
             replace(self._method, **scratch).unpack(state["loop"], *trees)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,5 +219,5 @@ class Together(Trained):
         self._trainer.load_state_dict(state["trainer"])
         self._state = None
         if state["loop"] is not None:
-            trees = self._levels.params.tree, self._levels.hparams.tree
+            trees = self._problem.params.tree, self._problem.hparams.tree
             self._state = self._method.unpack(state["loop"], *trees)

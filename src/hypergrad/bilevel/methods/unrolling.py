@@ -13,14 +13,14 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad._private import inside_a_transform
 from hypergrad._saving import check_form, check_keys
-from hypergrad.bilevel.methods.estimators import Estimate
 from hypergrad.bilevel.methods.followed import Followed
 from hypergrad.bilevel.methods.procedures import Procedure
-from hypergrad.bilevel.problem import Levels
+from hypergrad.bilevel.problem import Problem
 from hypergrad.bilevel.steps import naming
-from hypergrad.implicit.hypergradient import hypergradient
+from hypergrad.hypergradients import hypergradient
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.base import Slot
+from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
 from hypergrad.unrolling.hypergradient import Unrolled
 from hypergrad.unrolling.unroll import unroll
@@ -31,7 +31,7 @@ class Unrolling(Procedure):
 
     Args:
         method: how.
-        levels: the problem.
+        problem: the problem.
         optimizer: makes the steps; or a function of φ that returns what does.
         followed: the optimiser of ``torch.optim`` whose twin ``optimizer`` is, if it is one.
     """
@@ -39,7 +39,7 @@ class Unrolling(Procedure):
     def __init__(
         self,
         method: Unrolled,
-        levels: Levels,
+        problem: Problem,
         optimizer: Optimizer | Callable[[Tree], Optimizer],
         followed: Followed | None,
     ) -> None:
@@ -49,10 +49,10 @@ class Unrolling(Procedure):
                 "compile each of the steps by itself; use 'auto'"
             )
         self._method = method
-        self._levels = levels
+        self._problem = problem
         self._optimizer = optimizer
         self._followed = followed
-        self._initial = self._state = self._present().init(levels.params.tree)
+        self._initial = self._state = self._present().init(problem.params.tree)
         self._count = 0
 
     @property
@@ -68,31 +68,31 @@ class Unrolling(Procedure):
     def train(self, steps: int) -> list[float]:
         """The same steps, not differentiated."""
         losses: dict[int, float] = {}
-        stream = self._levels.inner_stream
+        stream = self._problem.inner_stream
         for k in range(steps):
             batch = stream.next()
             with torch.no_grad(), naming(lambda: f"inner step {self._count} ({stream})"):
                 params, self._state = unroll(
                     self._recording(losses),
                     self._present(),
-                    tr.detach(self._levels.params.tree),
-                    tr.detach(self._levels.hparams.tree),
+                    tr.detach(self._problem.params.tree),
+                    tr.detach(self._problem.hparams.tree),
                     [(k, batch)],
                     state=self._state,
                     return_state=True,
                 )
-            self._levels.params.assign(params, "params")
+            self._problem.params.assign(params, "params")
             self._count += 1
         self._lead()
         return list(losses.values())
 
-    def advance(self, steps: int) -> tuple[list[float], Estimate]:
+    def advance(self, steps: int) -> tuple[list[float], Hypergradient]:
         """All steps as one, so that θ stays as it was if one of them fails."""
         losses: dict[int, float] = {}
         batches, places = [], []
         for k in range(steps):
-            batches.append((k, self._levels.inner_stream.next()))
-            places.append(f"inner step {self._count + k} ({self._levels.inner_stream})")
+            batches.append((k, self._problem.inner_stream.next()))
+            places.append(f"inner step {self._count + k} ({self._problem.inner_stream})")
 
         def where() -> str:
             return next((places[k] for k, loss in losses.items() if not math.isfinite(loss)), "")
@@ -100,25 +100,20 @@ class Unrolling(Procedure):
         with naming(where):
             result = hypergradient(
                 self._recording(losses),
-                self._levels.outer_objective(),
-                self._levels.params.tree,
-                self._levels.hparams.tree,
+                self._problem.outer_objective(),
+                self._problem.params.tree,
+                self._problem.hparams.tree,
                 method=replace(
                     self._method, optimizer=self._optimizer, steps=batches, state=self._state
                 ),
-                verify=self._levels.verify,
+                on_failure=self._problem.on_failure,
+                verify=self._problem.verify,
             )
-        self._levels.params.assign(result.params, "params")
+        self._problem.params.assign(result.params, "params")
         self._state = result.state
         self._count += steps
         self._lead()
-        products = min(steps, self._method.truncate or steps)
-        return list(losses.values()), Estimate(
-            result.grads,
-            outer_value=result.outer_value,
-            matvecs=0 if self._method.first_order else products,
-            verification=result.verification,
-        )
+        return list(losses.values()), result
 
     def reset(self) -> None:
         """Start from the optimiser's first state."""
@@ -139,7 +134,7 @@ class Unrolling(Procedure):
         check_keys(state, ("count", "step", "slots"), name)
         check_form([state["count"], state["step"]], [self._count, self._state.step], name)
         for slot, initial, leaf in zip(
-            state["slots"], self._initial.slots, self._levels.params.leaves, strict=True
+            state["slots"], self._initial.slots, self._problem.params.leaves, strict=True
         ):
             check_keys(slot, tuple(initial), f"{name}['slots']")
             for key, value in slot.items():
@@ -150,26 +145,26 @@ class Unrolling(Procedure):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self._count = state["count"]
-        leaves = self._levels.params.leaves
+        leaves = self._problem.params.leaves
         slots = zip(state["slots"], self._initial.slots, leaves, strict=True)
         self._state = State(state["step"], tuple(_moved(*parts) for parts in slots))
         self._lead()
 
     def _lead(self) -> None:
         if self._followed is not None:
-            self._followed.follow(self._state, self._levels.params.leaves)
+            self._followed.follow(self._state, self._problem.params.leaves)
 
     def _present(self) -> Optimizer:
         if isinstance(self._optimizer, Optimizer):
             return self._optimizer
-        return self._optimizer(tr.detach(self._levels.hparams.tree))
+        return self._optimizer(tr.detach(self._problem.hparams.tree))
 
     def _recording(self, losses: dict[int, float]) -> Callable[..., Any]:
         """The objective on a numbered batch, whose first value is put aside: later ones are old."""
 
         def objective(params: Tree, hparams: Tree, numbered: tuple[int, Any]) -> Any:
             k, batch = numbered
-            value = self._levels.f(params, hparams, batch)
+            value = self._problem.f(params, hparams, batch)
             if k not in losses and isinstance(value, Tensor) and not inside_a_transform():
                 losses[k] = value.item()
             return value
