@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -118,13 +117,13 @@ def cleaning(
         x_val, y_val = X[200:400], y[200:400]
         model, weights = network(), torch.zeros(200)
 
-        def f(theta: Params, phi: Tensor, _: Any) -> Tensor:
-            each = F.cross_entropy(functional_call(model, theta, (train,)), noisy, reduction="none")
-            norm = sum(weight.square().sum() for weight in theta.values())
+        def f(model: nn.Module, phi: Tensor, _: Any) -> Tensor:
+            each = F.cross_entropy(model(train), noisy, reduction="none")
+            norm = sum(weight.square().sum() for weight in model.parameters())
             return (phi.sigmoid() * each).mean() + 0.5 * 2e-3 * norm
 
-        def g(theta: Params, _phi: Tensor, _: Any) -> Tensor:
-            return F.cross_entropy(functional_call(model, theta, (x_val,)), y_val)
+        def g(model: nn.Module, _phi: Tensor, _: Any) -> Tensor:
+            return F.cross_entropy(model(x_val), y_val)
 
         return hg.BilevelSolver(
             hg.Level(f, model, torch.optim.Adam(model.parameters(), lr=lr)),
@@ -149,15 +148,15 @@ def decays(network: Callable[[], nn.Module], lr: float) -> Callable[..., hg.Bile
         model = network()
         phi = {name.replace(".", "_"): torch.tensor(-7.0) for name, _ in model.named_parameters()}
 
-        def f(theta: Params, phi: Params, _: Any) -> Tensor:
+        def f(model: nn.Module, phi: Params, _: Any) -> Tensor:
             penalty = sum(
                 decay.exp() * weight.square().sum()
-                for decay, weight in zip(phi.values(), theta.values(), strict=True)
+                for decay, weight in zip(phi.values(), model.parameters(), strict=True)
             )
-            return F.cross_entropy(functional_call(model, theta, (x,)), labels) + 0.5 * penalty
+            return F.cross_entropy(model(x), labels) + 0.5 * penalty
 
-        def g(theta: Params, _phi: Params, _: Any) -> Tensor:
-            return F.cross_entropy(functional_call(model, theta, (x_val,)), y_val)
+        def g(model: nn.Module, _phi: Params, _: Any) -> Tensor:
+            return F.cross_entropy(model(x_val), y_val)
 
         return hg.BilevelSolver(
             hg.Level(f, model, torch.optim.Adam(model.parameters(), lr=lr)),
@@ -186,17 +185,14 @@ def long_tail(method: hg.bilevel.Method, seed: int) -> hg.BilevelSolver:
     weigh = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    def losses(theta: Params, rows: Rows) -> Tensor:
-        return F.cross_entropy(functional_call(model, theta, rows[0]), rows[1], reduction="none")
+    def f(model: nn.Module, weigh: nn.Module, rows: Rows) -> Tensor:
+        losses = F.cross_entropy(model(rows[0]), rows[1], reduction="none")
+        weights = weigh(losses.detach()[:, None])[:, 0]
+        norm = sum(weight.square().sum() for weight in model.parameters())
+        return weights @ losses / weights.sum() + 0.5 * 5e-4 * norm
 
-    def f(theta: Params, phi: Params, rows: Rows) -> Tensor:
-        each = losses(theta, rows)
-        weights = functional_call(weigh, phi, each.detach()[:, None])[:, 0]
-        norm = sum(weight.square().sum() for weight in theta.values())
-        return weights @ each / weights.sum() + 0.5 * 5e-4 * norm
-
-    def g(theta: Params, _: Params, rows: Rows) -> Tensor:
-        return losses(theta, rows).mean()
+    def g(model: nn.Module, _: nn.Module, rows: Rows) -> Tensor:
+        return F.cross_entropy(model(rows[0]), rows[1])
 
     return hg.BilevelSolver(
         hg.Level(

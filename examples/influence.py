@@ -90,9 +90,9 @@ class Problem:
         model.fit(*(part.numpy() for part in self.train), sample_weight=weights.numpy())
         return torch.cat([torch.from_numpy(model.intercept_), torch.from_numpy(model.coef_[0])])
 
-    def influence(self, w: Tensor, **options: Any) -> hg.Hypergradient:
+    def influence(self, w: Tensor, method: hg.LinearSolver | None = None) -> hg.Hypergradient:
         """Of each training row on g: one linear solve."""
-        return hg.hypergradient(self.inner, self.outer, w, self.ones, **options)
+        return hg.hypergradient(self.inner, self.outer, w, self.ones, method=method or hg.CG())
 
     def influence_on_each(self, w: Tensor, rows: Rows) -> Tensor:
         """Of each training row on the loss of each of ``rows``, ``(rows, n)``: one block solve."""
@@ -121,7 +121,7 @@ def compare(problem: Problem, w: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
         f"Nyström of rank {rank}": {"solver": nystrom, "curvature": rest},
         "Identity": {"solver": hg.Identity()},
     }
-    exact = problem.influence(w, solver=hg.Dense()).grads
+    exact = problem.influence(w, hg.Dense()).grads
     for name, options in methods.items():
         result, ms = timed(partial(problem.influence, w, **options))
         error = float((result.grads - exact).norm() / exact.norm())
@@ -172,7 +172,7 @@ def orders(problem: Problem) -> dict[str, Tensor]:
     """The training rows by each score, the most suspicious first."""
     w = problem.fit(problem.ones)
     scores = {
-        "influence on the validation loss": problem.influence(w, solver=hg.CG(rtol=1e-6)).grads,
+        "influence on the validation loss": problem.influence(w, hg.CG(rtol=1e-6)).grads,
         "influence on the row's own loss": -problem.influence_on_each(w, problem.train).diagonal(),
         "the row's own loss": losses(w, problem.train),
         "chance": torch.rand(len(problem.ones)),
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, validation, test = load(options.seed, options.full)
     problem = Problem(train, validation, options.decay)
     w, n = problem.fit(problem.ones), len(problem.ones)
-    influence = problem.influence(w, solver=hg.CG(rtol=1e-6))
+    influence = problem.influence(w, hg.CG(rtol=1e-6))
     print(f"{n} training rows, {len(w)} parameters; influence of all rows: {influence.solve}")
     table, changes = compare(problem, w)
     torch.manual_seed(options.seed)

@@ -109,15 +109,8 @@ Method = Callable[[Objective, Objective, Tree, Tree], Tree]
 
 def _implicit(solver: Callable[[], hg.LinearSolver], **options: Any) -> Method:
     def grads(f: Objective, g: Objective, params: Tree, hparams: Tree) -> Tree:
-        return hg.hypergradient(
-            f,
-            g,
-            params,
-            hparams,
-            method=hg.Implicit(solver(), damping=0.5),
-            on_failure="raise",
-            **options,
-        ).grads
+        method = hg.Implicit(solver(), damping=0.5, **options)
+        return hg.hypergradient(f, g, params, hparams, method=method, on_failure="raise").grads
 
     return grads
 
@@ -730,7 +723,7 @@ def functional_call_of_fully_sharded(how: str) -> None:
         hg.BilevelSolver(
             hg.Level(
                 lambda params, hparams, batch: f(params, hparams),
-                module,
+                dict(module.named_parameters()),
                 torch.optim.SGD(module.parameters(), lr=0.1),
             ),
             hg.Level(

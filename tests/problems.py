@@ -19,6 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+import hypergrad as hg
+
 Tree = Any
 Objective = Callable[[Tree, Tree], Tensor]
 
@@ -85,7 +87,7 @@ def solved(
     H, J, g_theta, g_phi = dense_parts(problem)
     exact = to_hparams(g_phi - J.T @ torch.linalg.solve(H, g_theta))
     condition = float(torch.linalg.cond(H))
-    return replace(problem, method=exact, n=len(H), condition=condition)
+    return replace(problem, hypergradient=exact, n=len(H), condition=condition)
 
 
 def spd_matrix(n: int, condition: float, seed: int) -> Tensor:
@@ -235,3 +237,14 @@ def name_of(problem: Callable[[], Problem]) -> str:
     if isinstance(problem, partial):
         return "-".join([problem.func.__name__, *(f"{arg:g}" for arg in problem.args)])
     return problem.__name__
+
+
+def flat_hypergradient(
+    inner: Any, outer: Any, params: Any, hparams: Any, **options: Any
+) -> hg.Hypergradient:
+    """A call whose method comes as flat options, such as ``damping``, for tables of them."""
+    names = ("solver", "damping", "curvature", "mode", "mu")
+    implicit = {name: options.pop(name) for name in names if name in options}
+    if implicit:
+        options["method"] = hg.Implicit(**implicit)
+    return hg.hypergradient(inner, outer, params, hparams, **options)

@@ -11,7 +11,6 @@ import torch
 from loops import FEATURES, TRAIN, VALIDATION, digits_solver, inner, outer, ridge_solver, shuffled
 from problems import relative_error
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import hypergrad as hg
 from hypergrad import bilevel as bl
@@ -272,11 +271,12 @@ def test_a_truncated_solve_is_taken_up_where_it_ended() -> None:
     still = {"inner_optimizer": lambda w: torch.optim.SGD([w], lr=1e-14), "outer_steps": 12}
     errors = []
     for warm_start in (None, False):
-        method = hg.Implicit(
-            hg.CG(rtol=1e-9, maxiter=2), on_failure="ignore", warm_start=warm_start
-        )
+        method = hg.Implicit(hg.CG(rtol=1e-9, maxiter=2), warm_start=warm_start)
         solver = ridge_solver(
-            method=method, outer_optimizer=lambda c: torch.optim.SGD([c], lr=1e-14), **still
+            method=method,
+            on_failure="ignore",
+            outer_optimizer=lambda c: torch.optim.SGD([c], lr=1e-14),
+            **still,
         )
         solver.params.fill_(1.0)
         norm = float(exact(solver.params, solver.hparams).norm())
@@ -373,10 +373,11 @@ def test_modules_keep_buffers_and_frozen_parameters_apart() -> None:
     kept = frozen[0].weight.clone()
     decay = torch.zeros((), dtype=torch.float64)
 
-    def objective(params: Any, decay: Tensor, batch: Any) -> Tensor:
+    def objective(net: Any, decay: Tensor, batch: Any) -> Tensor:
         X, y = batch
-        misfit = (functional_call(frozen, params, (X,))[:, 0] - y).square().mean()
-        return misfit + decay.exp() * params["1.weight"].square().sum()
+        assert net is frozen
+        misfit = (net(X)[:, 0] - y).square().mean()
+        return misfit + decay.exp() * net[1].weight.square().sum()
 
     solver = hg.BilevelSolver(
         hg.Level(objective, frozen, torch.optim.SGD(frozen[1].parameters(), lr=0.1), [TRAIN]),
@@ -396,10 +397,10 @@ def test_the_outer_parameters_may_be_a_module() -> None:
     weigh = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid()).double()
     w = torch.zeros(FEATURES, dtype=torch.float64)
 
-    def weighted(w: Tensor, hparams: Any, batch: Any) -> Tensor:
+    def weighted(w: Tensor, weigh: nn.Module, batch: Any) -> Tensor:
         X, y = batch
         losses = (X @ w - y).square()
-        weights = functional_call(weigh, hparams, (losses.detach()[:, None],))[:, 0]
+        weights = weigh(losses.detach()[:, None])[:, 0]
         return (weights * losses).mean() + 0.01 * w.square().sum()
 
     solver = hg.BilevelSolver(

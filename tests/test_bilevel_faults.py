@@ -62,16 +62,16 @@ def nothing_to_train() -> Any:
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "inner": (lambda: ridge_solver(inner=3), TypeError, "inner must be a function of"),
+    "inner": (lambda: ridge_solver(inner=3), TypeError, r"inner.objective must be a function of"),
     "loader": (
         lambda: ridge_solver(inner_loader=iter([1])),
         TypeError,
-        "inner_loader must be iterable again and again",
+        "inner.loader must be iterable again and again",
     ),
     "steps": (lambda: ridge_solver(inner_steps=0), ValueError, "inner_steps must be at least 1"),
     "warmup": (lambda: ridge_solver(warmup_steps=1.5), TypeError, "warmup_steps must be an integ"),
-    "batches": (lambda: ridge_solver(outer_batches=0), ValueError, "outer_batches must be at lea"),
-    "clip": (lambda: ridge_solver(outer_clip=0.0), ValueError, "clip_outer must be a finite numb"),
+    "batches": (lambda: ridge_solver(outer_batches=0), ValueError, "batches must be at least"),
+    "clip": (lambda: ridge_solver(outer_clip=0.0), ValueError, "clip must be a finite numb"),
     "project": (lambda: ridge_solver(project=3), TypeError, r"project must be a function of"),
     "restart": (lambda: ridge_solver(restart="again"), ValueError, "restart must be None, 'initi"),
     "autocast": (
@@ -87,27 +87,27 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "method": (
         lambda: ridge_solver(method="cg"),
         TypeError,
-        "hypergradient must be a linear solver such as hg.CG",
+        "method must be a linear solver such as hg.CG",
     ),
     "foreign inner": (
         lambda: ridge_solver(inner_optimizer=foreign),
         ValueError,
-        "inner_optimizer must optimise params, got an optimiser of which 1 of 1 tensors are not",
+        "inner.optimizer must optimise params, got an optimiser of which 1 of 1 tensors are not",
     ),
     "foreign outer": (
         lambda: ridge_solver(outer_optimizer=foreign),
         ValueError,
-        "outer_optimizer must optimise hparams, got an optimiser of which 1 of 1 tensors",
+        "outer.optimizer must optimise hparams, got an optimiser of which 1 of 1 tensors",
     ),
     "no optimiser": (
         lambda: ridge_solver(outer_optimizer=lambda c: 0.1),
         TypeError,
-        "outer_optimizer must be a torch.optim.Optimizer, got float",
+        "outer.optimizer must be a torch.optim.Optimizer, got float",
     ),
     "missing": (
         part_of_the_tree,
         ValueError,
-        r"inner_optimizer must optimise all of params, got one without params\['b'\]",
+        r"inner.optimizer must optimise all of params, got one without params\['b'\]",
     ),
     "shared": (both_levels, ValueError, r"hparams must be apart from params, got hparams\[0\]"),
     "no leaf": (no_leaf, ValueError, "params must be a leaf tensor"),
@@ -120,17 +120,17 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "outer LBFGS": (
         lambda: ridge_solver(outer_optimizer=lbfgs),
         TypeError,
-        "outer_optimizer must step along one hypergradient",
+        "outer.optimizer must step along one hypergradient",
     ),
     "schedule": (
         lambda: ridge_solver(inner_scheduler=scheduler()),
         ValueError,
-        "inner_scheduler must belong to inner_optimizer",
+        "inner.scheduler must belong to inner.optimizer",
     ),
     "no schedule": (
         lambda: ridge_solver(outer_scheduler=0.9),
         TypeError,
-        "outer_scheduler must be one of torch.optim.lr_scheduler, got float",
+        "outer.scheduler must be one of torch.optim.lr_scheduler, got float",
     ),
     "inner steps of a single loop": (
         lambda: ridge_solver(method=SINGLE, inner_steps=5),
@@ -145,29 +145,29 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "line search in a single loop": (
         lambda: ridge_solver(method=SINGLE, inner_optimizer=lbfgs),
         TypeError,
-        "inner_optimizer must step along a given direction with SOBA",
+        "inner.optimizer must step along a given direction with SOBA",
     ),
     "SABA needs lists": (
         lambda: ridge_solver(method=hg.single_loop.SABA(), inner_loader=shuffled()),
         TypeError,
-        "inner_loader must be a sequence of batches with SABA",
+        "inner.loader must be a sequence of batches with SABA",
     ),
     "SABA draws one": (
         lambda: ridge_solver(method=hg.single_loop.SABA(), outer_batches=2),
         ValueError,
-        "inner_batches and outer_batches must be 1 with SABA",
+        "inner.batches and outer.batches must be 1 with SABA",
     ),
     "fresh batches": (
         lambda: ridge_solver(method=bl.StocBiO(), inner_batches=2),
         ValueError,
-        "inner_batches must be 1 with StocBiO",
+        "inner.batches must be 1 with StocBiO",
     ),
     "a curvature is of one batch": (
         lambda: ridge_solver(
             method=hg.Implicit(curvature=lambda w, c, b: None), inner_batches=2  # type: ignore[arg-type, return-value]
         ),
         ValueError,
-        "inner_batches must be 1 with a curvature",
+        "inner.batches must be 1 with a curvature",
     ),
     "unrolled twice": (
         lambda: ridge_solver(method=hg.Unrolled(steps=3)),
@@ -194,12 +194,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "ours, not unrolled": (
         lambda: ridge_solver(inner_optimizer=lambda w: hg.optimizers.SGD(lr=0.1)),
         TypeError,
-        "inner_optimizer must be a torch.optim.Optimizer, got SGD",
+        "inner.optimizer must be a torch.optim.Optimizer, got SGD",
     ),
     "no differentiable optimiser": (
         lambda: ridge_solver(method=hg.Unrolled(), inner_optimizer=lambda w: 0.1),
         TypeError,
-        "inner_optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers",
+        "inner.optimizer must be a torch.optim.Optimizer, one of hypergrad.optimizers",
     ),
     "schedule of ours": (
         lambda: ridge_solver(
@@ -208,7 +208,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             inner_scheduler=scheduler(),
         ),
         ValueError,
-        "inner_scheduler must",
+        "inner.scheduler must",
     ),
     "T1T2": (lambda: bl.T1T2(lr=0.0), ValueError, "lr must be a finite number > 0"),
     "DARTS": (lambda: bl.DARTS(mode="sideways"), ValueError, "mode must be one of"),  # type: ignore[arg-type]
@@ -240,7 +240,9 @@ def test_objectives_that_return_something_else_are_named() -> None:
 
 @pytest.mark.parametrize("loader", ["inner_loader", "outer_loader"])
 def test_a_loader_without_batches_stops_the_loop(loader: str) -> None:
-    with pytest.raises(ValueError, match=f"{loader} must hold at least one batch"):
+    with pytest.raises(
+        ValueError, match=f"{loader.replace('_', '.')} must hold at least one batch"
+    ):
         ridge_solver(**{loader: []}).run()
 
 
@@ -257,7 +259,7 @@ def test_a_loader_that_raises_leaves_the_last_checkpoint(tmp_path: Path) -> None
     loader = Flaky()
     solver = ridge_solver(inner_loader=loader, outer_steps=8, callbacks=[bl.Checkpoint(tmp_path)])
     # Each outer step takes two batches: one to train on, one for the hypergradient.
-    with pytest.raises(hg.LoaderError, match="inner_loader raised OSError at batch 5 of pass 0"):
+    with pytest.raises(hg.LoaderError, match=r"inner\.loader raised OSError at batch 5 of pass 0"):
         solver.run()
     assert checkpoints(tmp_path)[0].name == "step-00000002.pt"
     loader.broken = False
@@ -286,18 +288,18 @@ class Poison:
 
 NON_FINITE = [
     # The level, the method, the poisoned call, what the message says.
-    ("inner", hg.CG(), 7, "value", r"outer step 2 .*inner step 4 \(inner_loader, pass 2, batch 0\)"
+    ("inner", hg.CG(), 7, "value", r"outer step 2 .*inner step 4 \(inner.loader, pass 2, batch 0\)"
      ": inner must return a finite value, got nan"),
-    ("inner", hg.CG(), 4, "gradient", r"outer step 1 .*inner step 2 \(inner_loader, pass 1, batch 0"
+    ("inner", hg.CG(), 4, "gradient", r"outer step 1 .*inner step 2 \(inner.loader, pass 1, batch 0"
      r"\): the gradient of inner must be finite, got an infinity or a NaN where the value is"),
-    ("outer", hg.CG(), 2, "value", r"outer step 1 \(inner_loader, pass 1, batch 2; outer_loader, pa"
+    ("outer", hg.CG(), 2, "value", r"outer step 1 \(inner.loader, pass 1, batch 2; outer_loader, pa"
      r"ss 1, batch 0\): outer must return a finite value, got nan"),
-    ("inner", SINGLE, 3, "value", r"outer step 2 \(inner_loader, pass 0, batch 2; .*inner must retu"
+    ("inner", SINGLE, 3, "value", r"outer step 2 \(inner.loader, pass 0, batch 2; .*inner must retu"
      "rn a finite value"),
-    ("inner", hg.Unrolled(memory="graph"), 4, "value", r"outer step 1 .*inner step 3 \(inner_loader"
+    ("inner", hg.Unrolled(memory="graph"), 4, "value", r"outer step 1 .*inner step 3 \(inner.loader"
      ", pass 1, batch 0"),
-    ("outer", hg.Unrolled(memory="graph"), 2, "value", r"^outer step 1 \(inner_loader, pass 1, batc"
-     r"h 0; outer_loader, pass 1, batch 0\): outer must return a finite value"),
+    ("outer", hg.Unrolled(memory="graph"), 2, "value", r"^outer step 1 \(inner.loader, pass 1, batc"
+     r"h 0; outer.loader, pass 1, batch 0\): outer must return a finite value"),
 ]  # fmt: skip
 
 

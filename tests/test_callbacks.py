@@ -224,11 +224,10 @@ def test_evaluation_averages_over_a_third_loader() -> None:
 def test_evaluation_leaves_modules_and_random_state_alone() -> None:
     modes: list[bool] = []
 
-    def spy(params: Any, hparams: Any, batch: Any) -> Tensor:
-        (model,) = solver.modules
+    def spy(model: nn.Module, hparams: Any, batch: Any) -> Tensor:
         modes.append(model.training)
         x, labels = batch
-        logits = torch.func.functional_call(model, params, (x,))
+        logits = model(x)
         return nn.functional.cross_entropy(logits, labels) + 0.0 * torch.rand(())
 
     def make(*callbacks: bl.Callback) -> hg.BilevelSolver:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import flat_hypergradient
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -149,7 +150,8 @@ class Problem:
 
 def implicit(problem: Problem, **options: Any) -> Tensor:
     options = {"damping": 20.0, **options}
-    return hg.hypergradient(problem.f, problem.g, problem.theta, problem.phi, **options).grads
+    f, g = problem.f, problem.g
+    return flat_hypergradient(f, g, problem.theta, problem.phi, **options).grads
 
 
 def unrolled(problem: Problem, **options: Any) -> Tensor:

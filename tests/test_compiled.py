@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import relative_error
+from problems import flat_hypergradient, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -58,7 +58,7 @@ def test_a_network_with_masks_and_statistics_is_compiled_and_left_alone() -> Non
     def call(mode: Any) -> Tensor:
         torch.manual_seed(3)
         options = {"solver": hg.Dense(), "damping": 2.0, "mode": mode}
-        return hg.hypergradient(inner, outer, params, P, **options).grads
+        return flat_hypergradient(inner, outer, params, P, **options).grads
 
     before = {name: b.clone() for name, b in model.named_buffers()}
     expected, state = call("reverse"), torch.get_rng_state()
@@ -227,7 +227,7 @@ def loop(method: Any) -> Tensor:
             lambda w, p, _: (X @ w - 1.0).square().mean() + p.exp() * w.square().sum(),
             w,
             torch.optim.SGD([w], lr=0.05)
-            if isinstance(method, hg.bilevel.Implicit)
+            if isinstance(method, hg.Implicit)
             else hg.optimizers.SGD(lr=0.05),
         ),
         hg.Level(
@@ -241,7 +241,7 @@ def loop(method: Any) -> Tensor:
 
 
 def test_the_loop_takes_it_and_makes_its_programs_once(made: list[Any]) -> None:
-    implicit = hg.bilevel.Implicit
+    implicit = hg.Implicit
     torch.testing.assert_close(loop(implicit(mode="compiled")), loop(implicit(mode="auto")))
     assert len(made) == 3
     with pytest.raises(ValueError, match="mode must not be 'compiled' for Unrolled inside a Bil"):

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from loops import ridge_solver
+from loops import flat_solver, ridge_solver
 from problems import mlp, quadratic, ridge
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import hypergrad as hg
 from hypergrad import Status
@@ -90,25 +89,24 @@ def test_a_network_before_its_minimum_has_a_hypergradient(make: Callable[[], nn.
     torch.manual_seed(0)
     X, y = torch.randn(60, 6), torch.randint(0, 3, (60,))
     model = make()
-    theta = dict(model.named_parameters())
 
-    def f(p: Params, h: Tensor) -> Tensor:
-        each = CROSS_ENTROPY(functional_call(model, p, (X[:40],)), y[:40], reduction="none")
+    def f(model: nn.Module, h: Tensor) -> Tensor:
+        each = CROSS_ENTROPY(model(X[:40]), y[:40], reduction="none")
         return (h.sigmoid() * each).mean()
 
-    def g(p: Params, h: Tensor) -> Tensor:
-        return CROSS_ENTROPY(functional_call(model, p, (X[40:],)), y[40:])
+    def g(model: nn.Module, h: Tensor) -> Tensor:
+        return CROSS_ENTROPY(model(X[40:]), y[40:])
 
     h, optimizer = torch.zeros(40), torch.optim.Adam(model.parameters(), 1e-2)
     dampings = []
     for _ in range(4):
         for _ in range(40):
             optimizer.zero_grad()
-            f(theta, h).backward()
+            f(model, h).backward()
             optimizer.step()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", hg.DampingWarning)
-            result = hg.hypergradient(f, g, theta, h)
+            result = hg.hypergradient(f, g, model, h)
         assert result.solve.converged
         assert result.grads.norm() > 1e-3
         dampings.append(result.damping)
@@ -124,16 +122,16 @@ def test_a_loop_over_a_transformer_by_all_defaults_never_has_a_zero_hypergradien
     model = TinyTransformer()
     weights = torch.zeros(60)
 
-    def losses(p: Params, rows: Tensor) -> Tensor:
-        logits = functional_call(model, p, (rows[:, :-1],))
+    def losses(model: nn.Module, rows: Tensor) -> Tensor:
+        logits = model(rows[:, :-1])
         return CROSS_ENTROPY(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
 
-    def f(p: Params, h: Tensor, _: Any) -> Tensor:
-        norm = sum(w.square().sum() for w in p.values())
-        return (h.sigmoid() * losses(p, noisy)).mean() + 1e-3 * norm
+    def f(model: nn.Module, h: Tensor, _: Any) -> Tensor:
+        norm = sum(w.square().sum() for w in model.parameters())
+        return (h.sigmoid() * losses(model, noisy)).mean() + 1e-3 * norm
 
-    def g(p: Params, h: Tensor, _: Any) -> Tensor:
-        return losses(p, text[60:]).mean()
+    def g(model: nn.Module, h: Tensor, _: Any) -> Tensor:
+        return losses(model, text[60:]).mean()
 
     solver = hg.BilevelSolver(
         hg.Level(f, model, torch.optim.Adam(model.parameters(), 3e-3)),
@@ -316,7 +314,7 @@ def saddle_solver(**options: Any) -> hg.BilevelSolver:
         "outer_optimizer": torch.optim.SGD([c], lr=0.01),
         "inner_steps": 2, "outer_steps": 12, "seed": 0,
     }  # fmt: skip
-    return hg.BilevelSolver(hg.Level(inner, w), hg.Level(outer, c), **arguments | options)
+    return flat_solver(inner, outer, w, c, **arguments | options)
 
 
 def test_a_resumed_loop_remembers_its_damping(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hypergrad as hg
-from hypergrad import Finding
+from hypergrad.diagnosis.report import Finding
 
 W = torch.ones(2)
 

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad as hg
-from hypergrad import Finding, Status
+from hypergrad import Status
+from hypergrad.diagnosis.report import Finding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -208,7 +209,7 @@ def test_a_tolerance_is_recommended_that_leaves_an_error_of_one_percent() -> Non
 
     c = diagonal.clone()
     report = hg.check(inner, outer, torch.ones_like(diagonal), c)
-    assert hg.Finding.SOLVERS_DISAGREE in report.findings
+    assert Finding.SOLVERS_DISAGREE in report.findings
     rtol = re.search(r"hg\.CG\(rtol=(1e-\d+)", report.recommendation)
     assert rtol is not None
     tight = hg.hypergradient(

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loops import flat_solver
+from problems import flat_hypergradient
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -94,7 +96,7 @@ def test_what_is_meant_is_told(name: str) -> None:
     changes, words = WORDS[name]
     arguments: dict[str, Any] = {"inner": f, "outer": g, "params": W, "hparams": P} | changes
     with pytest.raises(TypeError, match=re.escape(words)):
-        hg.hypergradient(**arguments)
+        flat_hypergradient(**arguments)
 
 
 def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
@@ -102,9 +104,11 @@ def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
         "inner_optimizer": torch.optim.SGD([w], 0.1),
         "outer_optimizer": torch.optim.SGD([c], 0.1),
     }
-    return hg.BilevelSolver(
-        hg.Level(lambda w, c, _: f(w, c), w),
-        hg.Level(lambda w, c, _: g(w, c), c),
+    return flat_solver(
+        lambda w, c, _: f(w, c),
+        lambda w, c, _: g(w, c),
+        w,
+        c,
         outer_steps=2,
         **optimizers | options,
     )
@@ -132,7 +136,7 @@ def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
         ),
         (
             {"inner_optimizer": torch.optim.SparseAdam([W])},
-            "inner_optimizer must take dense gradients",
+            "inner.optimizer must take dense gradients",
         ),
     ],
 )
@@ -223,7 +227,7 @@ def test_sparse_gradients_of_embeddings_are_right(name: str) -> None:
     for sparse in (False, True):
         model, inner, outer = embedded(sparse)
         params, phi = dict(model.named_parameters()), torch.tensor(-1.0, dtype=torch.float64)
-        found.append(hg.hypergradient(inner, outer, params, phi, **SPARSE[name]).grads)
+        found.append(flat_hypergradient(inner, outer, params, phi, **SPARSE[name]).grads)
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)
 
 
@@ -250,7 +254,7 @@ def test_sparse_gradients_in_argmin_and_in_training_are_right() -> None:
         hg.BilevelSolver(
             hg.Level(
                 lambda p, c, _, f=inner: f(p, c),
-                model,
+                dict(model.named_parameters()),
                 torch.optim.Adam(model.parameters()),
                 clip=1.0,
             ),

@@ -190,7 +190,7 @@ def test_in_the_loop() -> None:
     hg.BilevelSolver(
         hg.Level(
             task.inner,
-            task.model,
+            dict(task.model.named_parameters()),
             lambda h: hg.optimizers.SGD(lr=h.exp(), momentum=0.5),
             task.batches,
         ),

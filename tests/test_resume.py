@@ -428,10 +428,10 @@ def test_a_module_that_is_frozen_in_part_is_restored_whole(tmp_path: Path) -> No
         model[0].requires_grad_(False)
         decay = torch.zeros((), dtype=torch.float64)
 
-        def objective(params: Any, decay: Tensor, batch: Any) -> Tensor:
+        def objective(net: Any, decay: Tensor, batch: Any) -> Tensor:
             X, y = batch
-            out = torch.func.functional_call(model, params, (X,))[:, 0]
-            return (out - y).square().mean() + decay.exp() * params["1.weight"].square().sum()
+            penalty = decay.exp() * net[1].weight.square().sum()
+            return (net(X)[:, 0] - y).square().mean() + penalty
 
         solver = hg.BilevelSolver(
             hg.Level(objective, model, torch.optim.SGD(model[1].parameters(), lr=0.1), [TRAIN]),

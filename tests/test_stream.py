@@ -140,12 +140,12 @@ def test_a_sampler_hears_the_number_of_the_pass() -> None:
 
 @pytest.mark.parametrize("empty", [[], DataLoader(TensorDataset(torch.zeros(0)), 1)])
 def test_a_loader_without_batches_is_an_error(empty: Any) -> None:
-    with pytest.raises(ValueError, match="inner_loader must hold at least one batch, got none"):
+    with pytest.raises(ValueError, match=r"inner\.loader must hold at least one batch, got none"):
         stream(empty).next()
 
 
 def test_a_generator_is_refused() -> None:
-    with pytest.raises(TypeError, match="inner_loader must be iterable again and again"):
+    with pytest.raises(TypeError, match=r"inner\.loader must be iterable again and again"):
         stream(iter([1, 2]))
 
 

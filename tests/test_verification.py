@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import flat_hypergradient
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad as hg
 from hypergrad import Verdict
+from hypergrad.diagnosis.report import Finding
 from hypergrad.verification.fingerprint import Memory, fingerprint
 from hypergrad.verification.verification import report_verification
 
@@ -109,13 +111,10 @@ def penalised(act: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Any,
 
 
 def verified(problem: tuple[Any, ...], **options: Any) -> hg.Verification:
-    result = hg.hypergradient(
+    result = flat_hypergradient(
         *problem,
-        method=hg.Implicit(hg.CG(maxiter=60), damping=0.2),
-        on_failure="ignore",
-        verify="always",
-        **options,
-    )
+        solver=hg.CG(maxiter=60), damping=0.2, on_failure="ignore", verify="always", **options,
+    )  # fmt: skip
     assert result.verification is not None
     return result.verification
 
@@ -253,12 +252,12 @@ def test_single_precision_inside_of_double_is_no_failure_and_hides_none(seed: in
 
     w, c = torch.randn(6).double(), torch.tensor(0.0).double()
     options: Any = {"damping": 5.0, "verify": "always", "mode": "reverse"}
-    found = hg.hypergradient(inner(F.silu), g, w, c, **options).verification
+    found = flat_hypergradient(inner(F.silu), g, w, c, **options).verification
     assert found is not None
     assert found.status is not Verdict.FAILED, found
     wrong = inner(lambda x: WrongSecond.apply(x, F.silu, 0.5))
     with pytest.warns(hg.VerificationWarning, match="second derivative.*WrongSecond"):
-        hg.hypergradient(wrong, g, w, c, **options)
+        flat_hypergradient(wrong, g, w, c, **options)
 
 
 def test_what_cannot_be_evaluated_next_to_theta_is_inconclusive() -> None:
@@ -460,7 +459,7 @@ def test_check_verifies_and_compares_whole_runs() -> None:
     assert report.verification.status is Verdict.PASSED
     wrong = regression(lambda z: WrongSecond.apply(z, F.silu, 0.5), torch.float64)
     report = hg.check(*wrong, method=hg.Implicit(mode="reverse"))
-    assert hg.Finding.DERIVATIVE_WRONG in report.findings
+    assert Finding.DERIVATIVE_WRONG in report.findings
     assert "WrongSecondBackward" in str(report)
 
     method = hg.Unrolled(hg.optimizers.Adam(lr=0.05), steps=20)
@@ -470,9 +469,11 @@ def test_check_verifies_and_compares_whole_runs() -> None:
     assert unrolled.slope_by_differences == pytest.approx(unrolled.slope, rel=1e-5)
     assert "slope by differences of runs" in str(unrolled)
     biased = hg.check(*problem, method=hg.Unrolled(hg.optimizers.SGD(0.05), 20, truncate=1))
-    assert hg.Finding.UNROLLED_DISAGREES in biased.findings
-    with pytest.raises(TypeError, match=r"method must be hg\.Unrolled"):
-        hg.check(*problem, method=hg.CG())  # type: ignore[call-overload]
+    assert Finding.UNROLLED_DISAGREES in biased.findings
+    tried = hg.check(*problem, method=hg.GMRES()).trials["given: GMRES"]
+    assert tried.status is hg.Status.CONVERGED
+    with pytest.raises(TypeError, match=r"method must be a linear solver"):
+        hg.check(*problem, method="cg")  # type: ignore[call-overload]
 
 
 def test_check_of_whole_runs_leaves_no_trace() -> None:

@@ -6,6 +6,19 @@ while computing.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+
+def warn(message: str, category: type[HypergradWarning]) -> None:
+    """Warn at the line outside of this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__package__", "").startswith(
+        __package__
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
 
 class HypergradWarning(UserWarning):
     """Base of every warning that hypergrad emits; filter on it to silence or to raise them all."""

@@ -122,15 +122,12 @@ def as_method(method: Any) -> Implicit | Unrolled:
 def with_modules(method: Any, params: Tree | nn.Module, hparams: Tree | nn.Module) -> Any:
     """A method whose curvature, if it has one, gets modules in the place of their parameters."""
     curvature = getattr(method, "curvature", None)
-    modules = [given if isinstance(given, nn.Module) else None for given in (params, hparams)]
-    if curvature is None or modules == [None, None]:
+    if curvature is None or not any(isinstance(given, nn.Module) for given in (params, hparams)):
         return method
 
-    def of_modules(*given: Any) -> Any:
-        trees, batch = given[:2], given[2:]
-        return curvature(
-            *(module or tree for module, tree in zip(modules, trees, strict=True)), *batch
-        )
+    def of_modules(w: Tree, h: Tree, *batch: Any) -> Any:
+        first = params if isinstance(params, nn.Module) else w
+        return curvature(first, hparams if isinstance(hparams, nn.Module) else h, *batch)
 
     return replace(method, curvature=of_modules)
 

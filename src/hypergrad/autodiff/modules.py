@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -57,6 +56,11 @@ def on_modules(function: Function, params: Tree | nn.Module, hparams: Tree | nn.
 class _OnModules:
     function: Function
     modules: dict[str, nn.Module]
+    _call: _Call = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Not a cached property, whose lock the compiler cannot follow.
+        object.__setattr__(self, "_call", _Call(self.function, self.modules))
 
     def __call__(self, params: Tree, hparams: Tree, *batch: Any) -> Any:
         trees = {"params": params, "hparams": hparams}
@@ -67,10 +71,6 @@ class _OnModules:
         }
         given = (self.modules.get(name, tree) for name, tree in trees.items())
         return functional_call(self._call, tensors, (*given, *batch))
-
-    @functools.cached_property
-    def _call(self) -> _Call:
-        return _Call(self.function, self.modules)
 
 
 class _Call(nn.Module):

@@ -8,7 +8,6 @@ import signal
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -30,7 +29,7 @@ from hypergrad.bilevel.random_state import (
 )
 from hypergrad.bilevel.steps import OuterStep, naming
 from hypergrad.bilevel.variables import Variables
-from hypergrad.errors import HypergradWarning, NonFiniteError
+from hypergrad.errors import HypergradWarning, NonFiniteError, warn
 from hypergrad.linsolve import Solution
 from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
@@ -248,10 +247,9 @@ class Loop:
             where for (where, _), *used in zip(named, in_f, in_g, strict=True) if not any(used)
         ]
         if unused:
-            warnings.warn(
+            warn(
                 f"neither inner nor outer uses {', '.join(unused)}: the hypergradient there is 0",
                 HypergradWarning,
-                stacklevel=4,
             )
 
 

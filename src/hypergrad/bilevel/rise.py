@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
-from hypergrad.errors import HypergradWarning
+from hypergrad.errors import HypergradWarning, warn
 
 # Rises of less than this part of what was won are noise.
 _NOISE = 0.01
@@ -45,13 +44,12 @@ class Rise:
         if self._high < self._rows or self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             f"the outer loss has risen from {self._best:.6g} at step {self._best_step} to "
             f"{loss:.6g} at step {self._step}, past twice its best; lower the learning rate of "
             "the outer optimizer or set its clip; hg.bilevel.KeepBest() keeps the best step, "
             "history.best('outer_loss') names it",
             HypergradWarning,
-            stacklevel=4,
         )
 
     def _count(self, loss: float) -> None:

@@ -5,7 +5,6 @@ dg/dφ = ∂_φ g − (∂_φ F)ᵀ v,   where   H v = ∂_θ g,   F = ∇_θ f(
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -22,7 +21,7 @@ from hypergrad._checks import (
 )
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.autodiff.isolation import isolated_buffers
-from hypergrad.errors import DampingWarning
+from hypergrad.errors import DampingWarning, warn
 from hypergrad.linsolve import CG, AutoDamping, LinearSolver, extreme_eigenvalues
 from hypergrad.linsolve.base import OnFailure, check_solver, report_failure, residual_norm
 from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
@@ -263,10 +262,9 @@ def _certify(
 def _warn_of_excess(auto: AutoDamping, damping: float) -> None:
     if not auto.exceeds(damping):
         return
-    warnings.warn(
+    warn(
         f"damping='auto' took {damping:.3g}, more than the largest curvature that was met, "
         f"{auto.largest_curvature:.3g}: params are far from a minimum of inner, and the answer is "
         "a rough one; train longer, or pass damping= a number",
         DampingWarning,
-        stacklevel=3,
     )

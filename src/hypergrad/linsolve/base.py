@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,7 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_like, given
-from hypergrad.errors import LinearSolveWarning
+from hypergrad.errors import LinearSolveWarning, warn
 from hypergrad.linsolve.spectrum import Tridiagonal
 from hypergrad.operators.base import LinearOperator, WrappedOperator
 from hypergrad.tree import Tree
@@ -315,7 +314,7 @@ def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailu
     message += of_nothing(solution)
     if on_failure == "raise":
         raise LinearSolveError(message, solution)
-    warnings.warn(message, LinearSolveWarning, stacklevel=3)
+    warn(message, LinearSolveWarning)
 
 
 def of_nothing(solution: Solution) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias, get_args
 
@@ -14,7 +13,7 @@ from hypergrad._checks import check_choice
 from hypergrad._private import inside_a_transform, is_batch_of_cotangents
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.autodiff.modules import parameters_of
-from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning
+from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning, warn
 from hypergrad.minibatches import Averaged, Sampled, objective_on_modules
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
 from hypergrad.operators.compiled.hessian import CompiledHessian
@@ -135,11 +134,10 @@ class AutoHessian(Hessian):
         self._change(f"{error.operation} has no correct second derivative in PyTorch")
 
     def _change(self, reason: str) -> None:
-        warnings.warn(
+        warn(
             f"{reason}: going on with finite differences of first gradients "
             "(mode='finite-difference')",
             DoubleBackwardWarning,
-            stacklevel=3,
         )
         self._seen = True
         self._active = self._in_mode(FiniteDifferenceHessian)

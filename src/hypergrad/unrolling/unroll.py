@@ -6,7 +6,6 @@ dg/dφ = ∂_φ g + (dθ_T/dφ)ᵀ ∂_θ g,   θ_{t+1}, s_{t+1} = update(∇_θ
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
@@ -22,7 +21,7 @@ from hypergrad.autodiff.evaluation import Objective, evaluate
 from hypergrad.autodiff.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.autodiff.kept_graph import leaves_of
 from hypergrad.autodiff.modules import parameters_of
-from hypergrad.errors import HypergradWarning
+from hypergrad.errors import HypergradWarning, warn
 from hypergrad.minibatches import Averaged, Sampled, bind, objective_on_modules, with_arguments
 from hypergrad.operators import Mode
 from hypergrad.optimizers import Optimizer, State, check_optimizer
@@ -258,12 +257,11 @@ def _warn_of_constants(steps: Steps, point: Point, hparams: Tree, memory: Memory
     # that Hugging Face's gradient_checkpointing_enable() marks.
     again = evaluate(objective, params, tr.detach(hparams), state, "inner")
     if leaves_of(value) & leaves_of(again):
-        warnings.warn(
+        warn(
             "inner uses tensors that require gradients and are neither in params nor in hparams: "
             f"with memory={memory!r} they count as constants; put them into hparams, or detach "
             "them, or use memory='graph'",
             HypergradWarning,
-            stacklevel=4,
         )
 
 

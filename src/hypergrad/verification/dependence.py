@@ -7,7 +7,6 @@ was passed as ``hparams``, is a constant to every derivative.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +18,7 @@ from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, evaluate, fresh_leaves, gradient
 from hypergrad.autodiff.isolation import RandomState
 from hypergrad.autodiff.kept_graph import reachable
-from hypergrad.errors import HypergradWarning
+from hypergrad.errors import HypergradWarning, warn
 from hypergrad.minibatches import Averaged, Sampled
 from hypergrad.operators.gradients import Shared
 from hypergrad.tree import Tree
@@ -57,12 +56,11 @@ def warn_of_unused(
     unused, closed_over = examine(inner, outer, params, hparams)
     if unused:
         hint = f"; got {', '.join(closed_over)} from outside of the arguments"
-        warnings.warn(
+        warn(
             f"neither inner nor outer uses {', '.join(unused)}: the hypergradient there is 0; "
             "compute with the hparams argument, without detach(), .item() or float()"
             + (hint if closed_over else ""),
             HypergradWarning,
-            stacklevel=3,
         )
 
 

@@ -5,7 +5,6 @@ They are functions of θ and φ: ``dg/dφ`` has a part that leads through them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, evaluate, fresh_leaves
 from hypergrad.autodiff.isolation import Buffers, RandomState
-from hypergrad.errors import HypergradWarning
+from hypergrad.errors import HypergradWarning, warn
 from hypergrad.minibatches import Averaged, Sampled
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.tree import Tree
@@ -71,12 +70,11 @@ def warn_of_constants(buffers: Buffers, originals: Sequence[Tensor]) -> None:
     # The power iterations of spectral norm: constants in PyTorch's own derivative of the layer.
     names = [name for name in map(buffers.name, originals) if not name.endswith(("_u", "_v"))]
     if names:
-        warnings.warn(
+        warn(
             f"outer reads {_listed(names)}, which inner changes where autograd records nothing "
             "(torch.no_grad, detach or .data): the hypergradient takes them for constants; change "
             "them where gradients are recorded, or let outer do without them",
             HypergradWarning,
-            stacklevel=4,
         )
 
 
@@ -104,13 +102,12 @@ def warn_of_statistics(inner: Objective, outer: Objective, params: Tree, hparams
     *_, read = outer_gradients(outer, theta, phi, buffers)
     names = [name for name in map(buffers.name, read) if not name.endswith(("_u", "_v"))]
     if names:
-        warnings.warn(
+        warn(
             f"outer reads {_listed(names)}, which inner changes: they follow θ, and implicit "
             "differentiation takes them for constants; use method=hg.Unrolled(...), which "
             "differentiates them, or let outer normalise by its own batch (model.train()), or "
             "freeze them in inner (model.eval())",
             HypergradWarning,
-            stacklevel=3,
         )
 
 

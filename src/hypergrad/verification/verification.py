@@ -18,7 +18,6 @@ disagree with it: kinks and rounding give differences that do not agree.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -30,7 +29,7 @@ from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.autodiff.isolation import RandomState, isolated_buffers
 from hypergrad.autodiff.kept_graph import custom_functions
-from hypergrad.errors import DoubleBackwardWarning, VerificationError, VerificationWarning
+from hypergrad.errors import DoubleBackwardWarning, VerificationError, VerificationWarning, warn
 from hypergrad.linsolve.base import OnFailure
 from hypergrad.minibatches import Sampled
 from hypergrad.operators import Mode, hessian
@@ -140,11 +139,10 @@ class Course:
         fails = self._asked == "auto" and self.mode == "auto" and found.second_only
         if fails:
             self.mode = "finite-difference"
-            warnings.warn(
+            warn(
                 f"{found}; going on with finite differences of first gradients "
                 "(mode='finite-difference')",
                 DoubleBackwardWarning,
-                stacklevel=3,
             )
         _right_modes.put(self._kind, self.mode)
         return fails
@@ -160,7 +158,7 @@ def report_verification(found: Verification | None, *, mode: Mode, on_failure: O
     message = f"the hypergradient is wrong: {found}; {_remedy(found, mode)}"
     if on_failure == "raise":
         raise VerificationError(message)
-    warnings.warn(message, VerificationWarning, stacklevel=3)
+    warn(message, VerificationWarning)
 
 
 def _remedy(found: Verification, mode: Mode) -> str:
