@@ -292,7 +292,7 @@ NON_FINITE = [
      ": inner must return a finite value, got nan"),
     ("inner", hg.CG(), 4, "gradient", r"outer step 1 .*inner step 2 \(inner.loader, pass 1, batch 0"
      r"\): the gradient of inner must be finite, got an infinity or a NaN where the value is"),
-    ("outer", hg.CG(), 2, "value", r"outer step 1 \(inner.loader, pass 1, batch 2; outer_loader, pa"
+    ("outer", hg.CG(), 2, "value", r"outer step 1 \(inner.loader, pass 1, batch 2; outer.loader, pa"
      r"ss 1, batch 0\): outer must return a finite value, got nan"),
     ("inner", SINGLE, 3, "value", r"outer step 2 \(inner.loader, pass 0, batch 2; .*inner must retu"
      "rn a finite value"),
