@@ -55,23 +55,7 @@ def ridge_solver(**options: Any) -> hg.BilevelSolver:
         "outer_steps": 3,
         "seed": 0,
     } | options
-    return flat_solver(**arguments)
-
-
-def flat_solver(
-    inner: Any, outer: Any, params: Any, hparams: Any, **options: Any
-) -> hg.BilevelSolver:
-    """A solver whose levels come as flat options, such as ``inner_loader``, for tables of them."""
-    levels: dict[str, dict[str, Any]] = {"inner": {}, "outer": {}}
-    for name in list(options):
-        side, _, field = name.partition("_")
-        if side in levels and field in ("optimizer", "loader", "scheduler", "clip", "batches"):
-            levels[side][field] = options.pop(name)
-    return hg.BilevelSolver(
-        hg.Level(inner, params, **levels["inner"]),
-        hg.Level(outer, hparams, **levels["outer"]),
-        **options,
-    )
+    return hg.BilevelSolver(**arguments)
 
 
 def shuffled(batch_size: int = 10, **options: Any) -> DataLoader[Any]:
@@ -122,7 +106,7 @@ def digits_solver(method: Any, workers: int = 0, **options: Any) -> hg.BilevelSo
         "outer_optimizer": torch.optim.Adam(list(decay.values()), lr=0.05),
         "seed": 0,
     } | options
-    return flat_solver(
+    return hg.BilevelSolver(
         inner,
         lambda net, hparams, batch: loss(net, batch),
         model,

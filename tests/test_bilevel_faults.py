@@ -71,7 +71,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "steps": (lambda: ridge_solver(inner_steps=0), ValueError, "inner_steps must be at least 1"),
     "warmup": (lambda: ridge_solver(warmup_steps=1.5), TypeError, "warmup_steps must be an integ"),
     "batches": (lambda: ridge_solver(outer_batches=0), ValueError, "batches must be at least"),
-    "clip": (lambda: ridge_solver(outer_clip=0.0), ValueError, "clip must be a finite numb"),
+    "clip": (lambda: ridge_solver(clip_outer=0.0), ValueError, "clip must be a finite numb"),
     "project": (lambda: ridge_solver(project=3), TypeError, r"project must be a function of"),
     "restart": (lambda: ridge_solver(restart="again"), ValueError, "restart must be None, 'initi"),
     "autocast": (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import flat_solver, ridge_solver
+from loops import ridge_solver
 from problems import mlp, quadratic, ridge
 from torch import Tensor, nn
 
@@ -314,7 +314,7 @@ def saddle_solver(**options: Any) -> hg.BilevelSolver:
         "outer_optimizer": torch.optim.SGD([c], lr=0.01),
         "inner_steps": 2, "outer_steps": 12, "seed": 0,
     }  # fmt: skip
-    return flat_solver(inner, outer, w, c, **arguments | options)
+    return hg.BilevelSolver(inner, outer, w, c, **arguments | options)
 
 
 def test_a_resumed_loop_remembers_its_damping(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loops import flat_solver
 from problems import flat_hypergradient
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -104,7 +103,7 @@ def loop(w: Tensor, c: Tensor, **options: Any) -> hg.BilevelSolver:
         "inner_optimizer": torch.optim.SGD([w], 0.1),
         "outer_optimizer": torch.optim.SGD([c], 0.1),
     }
-    return flat_solver(
+    return hg.BilevelSolver(
         lambda w, c, _: f(w, c),
         lambda w, c, _: g(w, c),
         w,

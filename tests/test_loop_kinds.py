@@ -238,7 +238,7 @@ def test_clipping_is_a_part_of_the_unrolled_step(memory: Any) -> None:
 
 def test_clipped_steps_in_the_loop_are_those_of_training() -> None:
     clipped = [
-        ridge_solver(method=method, inner_clip=0.3, inner_steps=4, outer_steps=1)
+        ridge_solver(method=method, clip_inner=0.3, inner_steps=4, outer_steps=1)
         for method in (hg.Unrolled(), bl.T1T2())
     ]
     for solver in clipped:

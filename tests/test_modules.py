@@ -189,7 +189,7 @@ def test_the_loop_calls_the_objectives_with_the_modules_themselves() -> None:
     seen: set[int] = set()
 
     def inner(net: nn.Module, phi: Tensor, rows: Any) -> Tensor:
-        seen.add(id(net))
+        seen.add(id(net.module))
         return f(net, phi, rows)
 
     solver = hg.BilevelSolver(

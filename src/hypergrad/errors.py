@@ -13,9 +13,7 @@ import warnings
 def warn(message: str, category: type[HypergradWarning]) -> None:
     """Warn at the line outside of this package that led here."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__package__", "").startswith(
-        __package__
-    ):
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith("hypergrad."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

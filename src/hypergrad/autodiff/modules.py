@@ -1,12 +1,12 @@
-"""Modules in the place of trees: an objective gets the module, with other parameters in it."""
+"""Modules as θ or φ: an objective calls the module, which has other parameters meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypergrad.tree import Tree
@@ -32,13 +32,45 @@ def parameters_of(given: Tree | nn.Module, name: str) -> Tree:
     return tree
 
 
+class Parameters(dict[str, Tensor]):
+    """The parameters of a module by their names, which can be used as the module that has them.
+
+    An objective may take it for the module, as in ``net(x)``, ``net.head.weight`` and
+    ``net.parameters()``, or for a dictionary, as in ``params.items()`` and
+    ``functional_call(model, params, (x,))``.
+
+    Attributes:
+        module: the module. Its parameters are these while an objective is evaluated.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module":  # not there yet, as in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+    def __missing__(self, key: Any) -> Any:
+        """A part of a container, such as ``net[0]``."""
+        if isinstance(key, str) or not hasattr(self.module, "__getitem__"):
+            raise KeyError(key)
+        module: Any = self.module
+        return module[key]
+
+
 def on_modules(function: Function, params: Tree | nn.Module, hparams: Tree | nn.Module) -> Function:
     """``function`` as one of two trees, if it takes a module in the place of one of them.
 
     Args:
         function: takes what the caller gave as ``params`` and ``hparams``.
-        params: θ; where it is a module, ``function`` gets this module while the tensors of a
-            tree stand in the place of its parameters.
+        params: θ; where it is a module, ``function`` gets :class:`Parameters` of it, while the
+            tensors of a tree stand in the place of the module's own.
         hparams: φ, in the same way.
     """
     modules = {
@@ -69,7 +101,10 @@ class _OnModules:
             for name in self.modules
             for key, tensor in trees[name].items()
         }
-        given = (self.modules.get(name, tree) for name, tree in trees.items())
+        given = (
+            Parameters(self.modules[name], tree) if name in self.modules else tree
+            for name, tree in trees.items()
+        )
         return functional_call(self._call, tensors, (*given, *batch))
 
 

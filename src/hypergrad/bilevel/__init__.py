@@ -25,6 +25,8 @@ from hypergrad.bilevel.methods.estimators import (
 from hypergrad.bilevel.plotting import plot
 from hypergrad.bilevel.problem import InnerOptimizer, Level, Problem
 from hypergrad.bilevel.solver import BilevelSolver
+from hypergrad.implicit.hypergradient import Implicit
+from hypergrad.unrolling.hypergradient import Unrolled
 
 __all__ = [
     "CSV",
@@ -39,6 +41,7 @@ __all__ = [
     "Estimator",
     "Evaluation",
     "History",
+    "Implicit",
     "InnerOptimizer",
     "KeepBest",
     "Level",
@@ -50,5 +53,6 @@ __all__ = [
     "TableFile",
     "TensorBoard",
     "Timer",
+    "Unrolled",
     "plot",
 ]

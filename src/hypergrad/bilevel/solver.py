@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -22,7 +23,7 @@ from hypergrad.bilevel.loop import Loop, Restart, interrupts
 from hypergrad.bilevel.methods.choices import Method, check_scheduler, procedure
 from hypergrad.bilevel.optimizer_state import signature
 from hypergrad.bilevel.options import check_options
-from hypergrad.bilevel.problem import Level, Measured, Problem
+from hypergrad.bilevel.problem import Level, LoopObjective, Measured, Problem
 from hypergrad.bilevel.rise import Rise
 from hypergrad.bilevel.steps import OuterStep
 from hypergrad.bilevel.variables import Variables
@@ -61,6 +62,8 @@ class BilevelSolver:
     Args:
         inner: f, θ, and how θ is trained.
         outer: g, φ, and how φ is moved.
+        params: θ, where ``inner`` is f alone.
+        hparams: φ, where ``outer`` is g alone.
         method: where dg/dφ comes from, see above.
         inner_steps: per outer step; 1 for single loops.
         outer_steps: where the loop ends.
@@ -86,6 +89,8 @@ class BilevelSolver:
             ``DTensor`` objects sharded over them. Only the first rank shows and writes; what stops
             or fails on one stops on all. ``None``: this process alone.
         callbacks: what listens, see :class:`hypergrad.bilevel.Callback`.
+        fields: the other fields of the levels, where these are objectives alone, each with the name
+            of its level: ``inner_optimizer=``, ``outer_loader=``, ``clip_inner=`` and so on.
 
     Attributes:
         inner: the inner level, as it was given.
@@ -132,8 +137,10 @@ class BilevelSolver:
 
     def __init__(
         self,
-        inner: Level,
-        outer: Level,
+        inner: Level | LoopObjective,
+        outer: Level | LoopObjective,
+        params: Tree | nn.Module | None = None,
+        hparams: Tree | nn.Module | None = None,
         *,
         method: Method = CG(),
         inner_steps: int = 1,
@@ -149,6 +156,7 @@ class BilevelSolver:
         seed: int | None = None,
         process_group: Any = None,
         callbacks: Sequence[Callback] = (),
+        **fields: Any,
     ) -> None:
         counts = {
             "inner_steps": inner_steps, "outer_steps": outer_steps, "restart_every": restart_every
@@ -156,7 +164,10 @@ class BilevelSolver:
         check_options(counts, warmup_steps, project, restart, autocast, callbacks)
         check_choice(on_failure, "on_failure", get_args(OnFailure))
         check_choice(verify, "verify", get_args(Verify))
-        inner, outer = _unprepared(inner, "inner"), _unprepared(outer, "outer")
+        inner = _unprepared(_level("inner", inner, params, fields), "inner")
+        outer = _unprepared(_level("outer", outer, hparams, fields), "outer")
+        if fields:
+            raise TypeError(f"BilevelSolver has no argument {next(iter(fields))!r}")
         device = None if device is None else torch.device(device)
         self._params = Variables(inner.params, "params", device)
         self._hparams = Variables(outer.params, "hparams", device)
@@ -433,6 +444,29 @@ class BilevelSolver:
                 # One that cannot take its own state back keeps none of the others from theirs.
                 with careful:
                     callback.load_state_dict(own.pop(0))
+
+
+def _level(name: str, given: Any, params: Any, fields: dict[str, Any]) -> Any:
+    """The level itself; or one of the objective and the parameters, with its part of ``fields``.
+
+    Raises:
+        TypeError: there is a level and something that belongs into one.
+    """
+    own = {f"{name}_{field.name}": field.name for field in dataclasses.fields(Level)[2:]}
+    own[f"clip_{name}"] = "clip"
+    found = {field: fields.pop(key) for key, field in own.items() if key in fields}
+    if params is None and not found:
+        return given
+    if isinstance(given, Level):
+        raise TypeError(
+            f"{name} must be an objective where its fields come as arguments of their own"
+        )
+    if params is None or "optimizer" not in found:
+        raise TypeError(
+            f"{name} must be hg.Level(objective, params, optimizer, ...), or come with its params "
+            f"and {name}_optimizer="
+        )
+    return Level(given, params, **found)
 
 
 def _unprepared(level: Any, name: str) -> Level:
