@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ class LinearOperator(ABC):
 
     A vector may come in a wider dtype than ``like``; the product comes back in the vector's dtype.
     A *block* is k vectors at once: the same tree with a leading dimension k on every leaf.
+
+    A new one needs :attr:`like` and :meth:`matvec`; all else has a default.
     """
 
     @property
@@ -26,35 +29,43 @@ class LinearOperator(ABC):
     def like(self) -> Tree:
         """A vector of the space: the structure, shapes, dtypes and devices that A works on."""
 
-    @property
     @abstractmethod
-    def symmetric(self) -> bool:
-        """Whether A is known to equal its transpose."""
+    def matvec(self, vector: Tree) -> Tree:
+        """``A v``."""
+
+    def rmatvec(self, vector: Tree) -> Tree:
+        """``Aᵀ v``.
+
+        Raises:
+            TypeError: A is not known to be symmetric, and its class has no such product.
+        """
+        if not self.symmetric:
+            raise TypeError(
+                f"{type(self).__name__} must have a method rmatvec for products with its transpose"
+            )
+        return self.matvec(vector)
 
     @property
-    @abstractmethod
+    def symmetric(self) -> bool:
+        """Whether A is known to equal its transpose."""
+        return False
+
+    @property
     def lower_bound(self) -> float:
         """A number that no eigenvalue of a symmetric A lies below; ``-inf`` where none is known.
 
         0 marks A as positive semi-definite. A bound above 0 makes error bounds certain.
         """
+        return -math.inf
 
     @property
-    @abstractmethod
     def default_chunk_size(self) -> int:
         """How many vectors of a block :meth:`matmat` multiplies at once, unless told."""
+        return 1
 
-    @abstractmethod
-    def matvec(self, vector: Tree) -> Tree:
-        """``A v``."""
-
-    @abstractmethod
-    def rmatvec(self, vector: Tree) -> Tree:
-        """``Aᵀ v``."""
-
-    @abstractmethod
     def multiply_chunk(self, block: Tree) -> Tree:
         """``A V`` for all vectors of ``block`` at once; :meth:`matmat` bounds their number."""
+        return one_by_one(self, block)
 
     def matmat(self, block: Tree, *, chunk_size: int | None = None) -> Tree:
         """``A V`` for a block of k vectors.
@@ -104,9 +115,6 @@ class SymmetricOperator(LinearOperator):
     @property
     def symmetric(self) -> bool:
         return True
-
-    def rmatvec(self, vector: Tree) -> Tree:
-        return self.matvec(vector)
 
 
 class WrappedOperator(LinearOperator):

@@ -9,7 +9,6 @@ since second derivatives commute. A *mode* is a way to compute it; each has a fi
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
@@ -78,10 +77,6 @@ class Hessian(SymmetricOperator):
     @property
     def like(self) -> Tree:
         return self._params
-
-    @property
-    def lower_bound(self) -> float:
-        return -math.inf
 
     @abstractmethod
     def linearise(self) -> tuple[float, Tree]:

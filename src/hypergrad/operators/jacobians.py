@@ -153,10 +153,6 @@ class Root(LinearOperator):
         return self._symmetric
 
     @property
-    def lower_bound(self) -> float:
-        return -torch.inf
-
-    @property
     def default_chunk_size(self) -> int:
         return default_chunk_size(self._jacobian.params)
 

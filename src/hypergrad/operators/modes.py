@@ -22,7 +22,6 @@ from hypergrad.autodiff.kept_graph import (
     reachable,
 )
 from hypergrad.errors import ForwardModeError
-from hypergrad.operators.base import one_by_one
 from hypergrad.operators.hessians import Hessian, Side
 from hypergrad.tree import Tree
 
@@ -98,10 +97,6 @@ class ForwardHessian(Hessian):
         with leaving_no_trace(twice=True):
             return value.item(), self.inner_gradient(value)
 
-    @property
-    def default_chunk_size(self) -> int:
-        return 1
-
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         with forward_ad.dual_level(), leaving_no_trace(twice=True), _unsupported_by_name():
             pairs = map(forward_ad.make_dual, self._theta, vector)
@@ -116,9 +111,6 @@ class ForwardHessian(Hessian):
             # The tangent outlives its level only as a tensor of its own.
             kept = [None if tangent is None else torch.clone(tangent) for tangent in tangents]
         return filled_leaves(kept, self.inputs(side))
-
-    def multiply_chunk(self, block: Tree) -> Tree:
-        return one_by_one(self, block)
 
 
 # The derivatives of these that PyTorch 2.13 has in forward mode are wrong.
@@ -190,10 +182,6 @@ class FiniteDifferenceHessian(Hessian):
         with leaving_no_trace(twice=False):
             return value.item(), self.inner_gradient(value)
 
-    @property
-    def default_chunk_size(self) -> int:
-        return 1
-
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
         length = tr.norm(vector)
         if length == 0.0:
@@ -203,9 +191,6 @@ class FiniteDifferenceHessian(Hessian):
         behind = self._gradient_at(-step, vector, side)
         difference: list[Tensor] = tr.divide(tr.subtract(ahead, behind), 2 * step)
         return difference
-
-    def multiply_chunk(self, block: Tree) -> Tree:
-        return one_by_one(self, block)
 
     def _gradient_at(self, step: float, vector: list[Tensor], side: Side) -> list[Tensor]:
         displaced = fresh_leaves(tr.add(tr.detach(self._params), vector, step))

@@ -11,7 +11,6 @@ from hypergrad.optimizers.base import (
     Settings,
     Slot,
     State,
-    Uniform,
     check_optimizer,
 )
 from hypergrad.optimizers.clipped import Clipped
@@ -33,7 +32,6 @@ __all__ = [
     "Settings",
     "Slot",
     "State",
-    "Uniform",
     "check_optimizer",
     "diff_sgd",
     "from_torch",

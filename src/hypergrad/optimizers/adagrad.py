@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._checks import check_number
-from hypergrad.optimizers.base import Settings, Slot, Uniform
+from hypergrad.optimizers.base import Optimizer, Settings, Slot
 from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
@@ -20,7 +20,7 @@ from hypergrad.optimizers.hyperparameters import (
 
 
 @dataclass(frozen=True, eq=False)
-class Adagrad(Uniform):
+class Adagrad(Optimizer):
     """``s ← s + g²``, ``θ ← θ − lr / (1 + (t − 1) · lr_decay) · g / (√s + ε)``, ``g = ∇f + λθ``.
 
     Duchi, Hazan & Singer 2011; t counts from 1. Step by step that of ``torch.optim.Adagrad`` with

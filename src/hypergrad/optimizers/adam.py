@@ -12,7 +12,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad import _sharding as pl
 from hypergrad._private import inside_a_transform
-from hypergrad.optimizers.base import Settings, Slot, Uniform
+from hypergrad.optimizers.base import Optimizer, Settings, Slot
 from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
@@ -28,7 +28,7 @@ from hypergrad.optimizers.hyperparameters import (
 
 
 @dataclass(frozen=True, eq=False)
-class Moments(Uniform):
+class Moments(Optimizer):
     """What Adam and AdamW share: hyperparameters, moments, and the step along them.
 
     Args:

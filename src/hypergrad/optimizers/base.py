@@ -38,22 +38,41 @@ class Optimizer(ABC):
     """``θ', s' = update(∇f, s, θ)``: an optimiser as a pure, differentiable function.
 
     Nothing is changed in place. Gradients flow to parameters, state, gradients and every tensor
-    among the hyperparameters.
+    among the hyperparameters. A new one is a frozen dataclass (``eq=False``) of its hyperparameters
+    with :meth:`update_leaf`, and :meth:`new_slot` if it remembers something.
     """
 
-    @abstractmethod
     def init(self, params: Tree) -> State:
-        """The state before the first update."""
+        """The state before the first update.
 
-    @abstractmethod
-    def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
-        """The hyperparameters of leaf ``index`` at ``step``."""
+        Raises:
+            TypeError, ValueError: ``params`` is no tree of floating-point tensors.
+        """
+        check_tree(params, "params")
+        return State(0, tuple(self.new_slot(leaf) for leaf in tr.leaves(params)))
+
+    def new_slot(self, param: Tensor) -> Slot:
+        """What is remembered of a leaf before its first update."""
+        return {}
 
     @abstractmethod
     def update_leaf(
         self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
     ) -> tuple[Tensor, Slot]:
         """The next value of a leaf, and of what is remembered of it."""
+
+    def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
+        """The hyperparameters of leaf ``index`` at ``step``.
+
+        They are the fields, schedules replaced by their values and trees by their leaves.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {
+            name: tuple(leaf_value(part, name, step, index, params) for part in value)
+            if name == "betas"
+            else leaf_value(value, name, step, index, params)
+            for name, value in values.items()
+        }
 
     def prepared(self, grads: Tree) -> Tree:
         """What a step makes of all gradients together before it goes leaf by leaf."""
@@ -105,30 +124,3 @@ def check_optimizer(optimizer: object) -> None:
             "optimizer must be one of hypergrad.optimizers, such as SGD(lr=0.1) or "
             f"from_torch(...), got {given(optimizer, 'hg.optimizers')}"
         )
-
-
-class Uniform(Optimizer):
-    """An optimiser with one rule for all leaves: a frozen dataclass of its hyperparameters."""
-
-    @abstractmethod
-    def new_slot(self, param: Tensor) -> Slot:
-        """What is remembered of a leaf before its first update."""
-
-    def init(self, params: Tree) -> State:
-        """The state before the first update.
-
-        Raises:
-            TypeError, ValueError: ``params`` is no tree of floating-point tensors.
-        """
-        check_tree(params, "params")
-        return State(0, tuple(self.new_slot(leaf) for leaf in tr.leaves(params)))
-
-    def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
-        """The fields, schedules replaced by their values and trees by their leaves."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {
-            name: tuple(leaf_value(part, name, step, index, params) for part in value)
-            if name == "betas"
-            else leaf_value(value, name, step, index, params)
-            for name, value in values.items()
-        }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad.optimizers.base import Settings, Slot, Uniform
+from hypergrad.optimizers.base import Optimizer, Settings, Slot
 from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
@@ -24,7 +24,7 @@ from hypergrad.optimizers.hyperparameters import (
 
 
 @dataclass(frozen=True, eq=False)
-class RMSprop(Uniform):
+class RMSprop(Optimizer):
     """``v ← α v + (1 − α) g²``, ``b ← momentum · b + g / (√v + ε)``, ``θ ← θ − lr · b``.
 
     ``g = ∇f + λθ``; ``centered`` takes the square of a moving average of g from v (Graves 2013).

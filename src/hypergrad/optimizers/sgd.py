@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hypergrad.optimizers.base import Settings, Slot, Uniform
+from hypergrad.optimizers.base import Optimizer, Settings, Slot
 from hypergrad.optimizers.hyperparameters import (
     Hyperparameter,
     check_flag,
@@ -19,7 +19,7 @@ from hypergrad.optimizers.hyperparameters import (
 
 
 @dataclass(frozen=True, eq=False)
-class SGD(Uniform):
+class SGD(Optimizer):
     """``b ← momentum · b + (1 − dampening) g``, ``θ ← θ − lr · b``, with ``g = ∇f + λθ``.
 
     The first ``b`` is ``g``. With ``nesterov`` the step is along ``g + momentum · b``. Step by step

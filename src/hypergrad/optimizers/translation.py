@@ -16,7 +16,7 @@ from hypergrad import tree as tr
 from hypergrad._checks import check_tree, given
 from hypergrad.optimizers.adagrad import Adagrad
 from hypergrad.optimizers.adam import Adam, AdamW
-from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, Uniform
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, State
 from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
 from hypergrad.optimizers.rmsprop import RMSprop
 from hypergrad.optimizers.sgd import SGD
@@ -100,7 +100,7 @@ class FromTorch(Optimizer):
         held: the tensors, with their groups and states.
     """
 
-    groups: Sequence[Uniform]
+    groups: Sequence[Optimizer]
     held: Sequence[_Held]
 
     def init(self, params: Tree) -> State:
@@ -154,7 +154,7 @@ class FromTorch(Optimizer):
 
 
 @dataclass(frozen=True, eq=False)
-class TorchRule(Uniform):
+class TorchRule(Optimizer):
     """One step of a ``torch.optim`` class on one leaf, by its ``differentiable=True``.
 
     Attributes:
@@ -164,10 +164,6 @@ class TorchRule(Uniform):
 
     kind: type[torch.optim.Optimizer]
     options: dict[str, Any]
-
-    def new_slot(self, param: Tensor) -> Slot:
-        """Nothing: the class makes its state at the first step."""
-        return {}
 
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
         """The options, schedules replaced by their values."""
@@ -252,10 +248,10 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at_rate(rule: Any, lr: float) -> Uniform:
+def _at_rate(rule: Any, lr: float) -> Optimizer:
     if isinstance(rule, TorchRule):
         return replace(rule, options={**rule.options, "lr": lr})
-    changed: Uniform = replace(rule, lr=lr)
+    changed: Optimizer = replace(rule, lr=lr)
     return changed
 
 
@@ -272,7 +268,7 @@ _HOW = ("foreach", "fused", "capturable", "differentiable")
 # The learning rate, and the momentum of the cyclic schedulers.
 _SCHEDULED = ("lr", "momentum", "betas")
 
-_NATIVE: dict[type[torch.optim.Optimizer], type[Uniform]] = {
+_NATIVE: dict[type[torch.optim.Optimizer], type[Optimizer]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: AdamW,
@@ -281,7 +277,7 @@ _NATIVE: dict[type[torch.optim.Optimizer], type[Uniform]] = {
 }
 
 
-def _rule(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> Uniform:
+def _rule(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> Optimizer:
     options = dict(options)
     if kind in _NATIVE:
         native = _NATIVE[kind]

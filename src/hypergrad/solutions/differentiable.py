@@ -23,7 +23,7 @@ from hypergrad.autodiff.partial import Tensors, partial_gradient
 from hypergrad.linsolve import CG, LinearSolver, Neumann, Nystrom
 from hypergrad.minibatches import Averaged
 from hypergrad.operators import Hessian, LinearOperator, Mode, hessian
-from hypergrad.operators.base import SymmetricOperator, one_by_one
+from hypergrad.operators.base import SymmetricOperator
 from hypergrad.operators.gradients import Shared
 from hypergrad.solutions.adjoint import Adjoint
 from hypergrad.solutions.adjoint import inner as inner_product
@@ -155,16 +155,6 @@ class DifferentiableHessian(SymmetricOperator):
         """The inner parameters."""
         return self._params
 
-    @property
-    def lower_bound(self) -> float:
-        """None is known."""
-        return -float("inf")
-
-    @property
-    def default_chunk_size(self) -> int:
-        """One: each product is a graph of its own."""
-        return 1
-
     def matvec(self, vector: Tree) -> Tree:
         """``H v``."""
 
@@ -172,10 +162,6 @@ class DifferentiableHessian(SymmetricOperator):
             return inner_product(self._conditions.optimality(theta, self._phi), tr.leaves(vector))
 
         return tr.unflatten_like(self._params, partial_gradient(slope, self._theta))
-
-    def multiply_chunk(self, block: Tree) -> Tree:
-        """``H V``, vector by vector."""
-        return one_by_one(self, block)
 
     def vjp_outer(self, vector: Tree) -> Tree:
         """``(∂_φ F)ᵀ v``."""

@@ -29,7 +29,6 @@ from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.linsolve import extreme_eigenvalues
 from hypergrad.operators import Hessian, Mode, SymmetricOperator, hessian
-from hypergrad.operators.base import one_by_one
 from hypergrad.tree import Tree
 
 Source: TypeAlias = Literal["given", "operator", "estimated"]
@@ -150,17 +149,6 @@ class _Block(SymmetricOperator):
 
     def __init__(self, joint: Hessian) -> None:
         self._joint = joint
-
-    @property
-    def lower_bound(self) -> float:
-        return -math.inf
-
-    @property
-    def default_chunk_size(self) -> int:
-        return 1
-
-    def multiply_chunk(self, block: Tree) -> Tree:
-        return one_by_one(self, block)
 
 
 class _FirstBlock(_Block):
