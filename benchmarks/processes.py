@@ -26,7 +26,7 @@ torch.autograd.grad(work.inner(theta, work.hparams), list(theta.values()))
 generator = torch.Generator().manual_seed(0)
 solver = hg.Nystrom(rank=rank, rho=0.1, chunk_size=chunk_size, generator=generator)
 peak = peak_mebibytes(
-    lambda: hg.hypergradient(work.inner, work.outer, work.params, work.hparams, solver=solver)
+    lambda: hg.hypergradient(work.inner, work.outer, work.params, work.hparams, method=solver)
 )
 size = sum(value.numel() for value in work.params.values()) * 4 / 2**20
 print(json.dumps([peak, size]))

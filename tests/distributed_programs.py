@@ -822,8 +822,14 @@ def loop_solver(
         "soba": hg.single_loop.SOBA(),
     }
     solver = hg.BilevelSolver(
-        hg.Level(f, params, torch.optim.Adam(params.values(), lr=0.05), loader(problem.y)),
-        hg.Level(g, hparams, torch.optim.Adam([hparams], lr=0.05), loader((problem.y + 1) % 3)),
+        f,
+        g,
+        params,
+        hparams,
+        inner_optimizer=torch.optim.Adam(params.values(), lr=0.05),
+        outer_optimizer=torch.optim.Adam([hparams], lr=0.05),
+        inner_loader=loader(problem.y),
+        outer_loader=loader((problem.y + 1) % 3),
         method=methods[method],
         inner_steps=1 if method == "soba" else 3,
         outer_steps=steps,

@@ -33,7 +33,6 @@ METHODS: dict[str, Any] = {
     "implicit": lambda: hg.Implicit(
         hg.CG(rtol=1e-2, maxiter=5, preconditioner=hg.NystromPreconditioner(rank=4)),
         damping=1.0,
-        on_failure="ignore",
     ),
     "unrolled": hg.Unrolled,
     "soba": hg.single_loop.SOBA,
@@ -52,6 +51,7 @@ def run(method: str, folder: Path, result: Path) -> None:
         workers=2,
         inner_steps=1 if method in SINGLE else 2,
         outer_steps=OUTER_STEPS,
+        on_failure="ignore",
         callbacks=[bl.Checkpoint(folder), bl.JSONL(folder / "log.jsonl")],
         **loaders(method),
     )

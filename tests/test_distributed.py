@@ -162,7 +162,7 @@ def test_the_average_of_local_inverses_is_another_quantity(ranks):
         (programs.bad_weight, "DistributedError", "weight must be a finite number > 0"),
         (programs.no_scalar, "DistributedError", "objective must return a scalar tensor, got (3,)"),
         (programs.later_batch_fails, "DistributedError", "rank 1: KeyError: 'no such column'"),
-        (programs.loader_fails, "DistributedError", "LoaderError: inner_loader raised OSError"),
+        (programs.loader_fails, "DistributedError", "LoaderError: inner.loader raised OSError"),
     ],
 )
 def test_what_fails_on_one_rank_stops_all_in_the_same_words(ranks, size, failure, kind, words):

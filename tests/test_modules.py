@@ -176,6 +176,19 @@ def test_unroll_trains_the_module_elsewhere() -> None:
         assert torch.equal(p, kept[name])
 
 
+def test_another_module_in_an_objective_is_left_alone() -> None:
+    """One that is neither θ nor φ, with buffers that move."""
+    model, other = network(), nn.BatchNorm1d(3).double()
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+
+    def inner(net: nn.Module, phi: Tensor) -> Tensor:
+        decay = torch.stack([p.square().sum() for p in net.parameters()]).sum()
+        return (net(other(X)) - Y).square().mean() + phi.exp().sum() * decay
+
+    hg.hypergradient(inner, g, model, PHI, method=hg.Implicit(damping=5.0), verify="always")
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
 def test_check_takes_a_module() -> None:
     model = network().eval()
     report = hg.check(f, g, model, PHI)

@@ -263,11 +263,11 @@ OTHERS: dict[str, tuple[Callable[[], hg.BilevelSolver], str]] = {
     "shapes": (lambda: digits_solver(hg.CG()), r"is of another problem: params there \["),
     "method": (
         lambda: ridge_solver(method=hg.MINRES()),
-        r"hypergradient there \['CG'\], here \['MINRES'\]",
+        r"method there \['CG'\], here \['MINRES'\]",
     ),
     "sketch": (
         lambda: ridge_solver(method=hg.CG(preconditioner=hg.JacobiPreconditioner())),
-        r"hypergradient there \['CG'\], here \['CG', 'JacobiPreconditioner'\]",
+        r"method there \['CG'\], here \['CG', 'JacobiPreconditioner'\]",
     ),
     "optimiser": (
         lambda: ridge_solver(outer_optimizer=lambda c: torch.optim.Adam([c])),

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def stream(loader: Any, seed: int = 0) -> Stream:
-    return Stream(loader, "inner_loader", seed, CPU)
+    return Stream(loader, "inner.loader", seed, CPU)
 
 
 def numbers(batches: Iterator[Any], count: int) -> list[list[int]]:
@@ -164,7 +164,7 @@ def test_an_error_of_the_loader_says_where(workers: int) -> None:
     batches.next()
     batches.next()
     with pytest.raises(
-        LoaderError, match=r"inner_loader raised OSError at batch 2 of pass 0: (.|\n)*no such image"
+        LoaderError, match=r"inner.loader raised OSError at batch 2 of pass 0: (.|\n)*no such image"
     ) as caught:
         batches.next()
     assert isinstance(caught.value.__cause__, OSError)

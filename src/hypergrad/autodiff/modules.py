@@ -116,5 +116,6 @@ class _Call(nn.Module):
         self.function = function
         self.modules_by_name = nn.ModuleDict(modules)
 
-    def forward(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's value: not by ``forward``, since this is no module that a user calls."""
         return self.function(*arguments)

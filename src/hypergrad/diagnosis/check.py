@@ -31,7 +31,8 @@ from hypergrad.linsolve import (
     extreme_eigenvalues,
     sufficient_damping,
 )
-from hypergrad.operators import Damped, Hessian, hessian
+from hypergrad.operators import Damped, Hessian
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
@@ -131,7 +132,7 @@ def check(
     if isinstance(method, Unrolled):
         return _check_unrolled(method, inner, outer, params, hparams, generator)
     mode = method.mode
-    operator = hessian(inner, params, hparams, mode=mode)
+    operator = linearised(inner, params, hparams, mode=mode)
     size = tr.size(params)
     ends = extreme_eigenvalues(operator, maxiter=min(100, size), rtol=1e-8)
 

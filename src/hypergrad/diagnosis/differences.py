@@ -10,7 +10,8 @@ import math
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.linsolve import CG
-from hypergrad.operators import Mode, hessian
+from hypergrad.operators import Mode
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.tree import Tree
 
@@ -69,7 +70,7 @@ def minimise(
     rounding = 100 * tr.epsilon(params)
     theta = params
     for _ in range(_NEWTON_STEPS):
-        H = hessian(inner, theta, hparams, mode=mode)
+        H = linearised(inner, theta, hparams, mode=mode)
         if tr.norm(H.gradient) == 0.0:
             return theta
         solution = solver.solve(H, H.gradient)

@@ -24,7 +24,8 @@ from hypergrad.autodiff.isolation import isolated_buffers
 from hypergrad.errors import DampingWarning, warn
 from hypergrad.linsolve import CG, AutoDamping, LinearSolver, extreme_eigenvalues
 from hypergrad.linsolve.base import OnFailure, check_solver, report_failure, residual_norm
-from hypergrad.operators import Hessian, LinearOperator, Mode, damped, hessian
+from hypergrad.operators import Hessian, LinearOperator, Mode, damped
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
@@ -166,7 +167,7 @@ def _answer(
     with torch.inference_mode(False), torch.no_grad(), isolated_buffers():
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
         outer_value, rhs, direct = value_and_gradients(outer, theta, phi, "outer")
-        exact = hessian(inner, params, hparams, mode=mode)
+        exact = linearised(inner, params, hparams, mode=mode)
         operator = exact if curvature is None else _operator(curvature, params, hparams)
         verification = None
         with exact.repeated():

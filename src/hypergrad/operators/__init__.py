@@ -2,26 +2,20 @@
 
 from hypergrad.operators.auto import Mode, hessian
 from hypergrad.operators.base import LinearOperator, SymmetricOperator
-from hypergrad.operators.compiled.hessian import CompiledHessian
 from hypergrad.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hypergrad.operators.hessians import Hessian
 from hypergrad.operators.jacobians import Jacobian, Root
-from hypergrad.operators.modes import FiniteDifferenceHessian, ForwardHessian, ReverseHessian
 from hypergrad.operators.simple import Damped, Matrix, Transposed, damped
 
 __all__ = [
-    "CompiledHessian",
     "Damped",
     "EmpiricalFisher",
-    "FiniteDifferenceHessian",
-    "ForwardHessian",
     "GaussNewton",
     "Hessian",
     "Jacobian",
     "LinearOperator",
     "Matrix",
     "Mode",
-    "ReverseHessian",
     "Root",
     "SymmetricOperator",
     "Transposed",

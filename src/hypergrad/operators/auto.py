@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor, nn
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_choice
+from hypergrad._checks import check_choice, check_objective, check_tree
 from hypergrad._private import inside_a_transform, is_batch_of_cotangents
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.autodiff.modules import parameters_of
@@ -63,8 +63,16 @@ def hessian(
         tensor([ 6., 12.])
     """
     check_choice(mode, "mode", get_args(Mode))
+    check_objective(inner, "inner")
     inner = objective_on_modules(inner, params, hparams)
     params, hparams = parameters_of(params, "params"), parameters_of(hparams, "hparams")
+    check_tree(params, "params")
+    check_tree(hparams, "hparams")
+    return linearised(inner, params, hparams, mode=mode)
+
+
+def linearised(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode) -> Hessian:
+    """:func:`hessian` of arguments that are checked already."""
     if isinstance(inner, Averaged):
         return AveragedHessian(inner, params, hparams, _MODES[mode])
     if isinstance(inner, Sampled):
@@ -74,43 +82,51 @@ def hessian(
     return _MODES[mode](inner, params, hparams)
 
 
-class AutoHessian(Hessian):
+class AutoHessian(ReverseHessian):
     """Reverse mode; finite differences once a second derivative is missing or NaN."""
 
     def linearise(self) -> tuple[float, Tree]:
+        self._instead: FiniteDifferenceHessian | None = None
         self._seen = False
         try:
-            self._active = self._in_mode(ReverseHessian)
+            return super().linearise()
         except DoubleBackwardError as error:
             self._fall_back(error)
-        return self._active.value, self._active.gradient
+        assert self._instead is not None
+        return self._instead.value, self._instead.gradient
 
     @property
     def default_chunk_size(self) -> int:
-        return self._active.default_chunk_size
+        if self._instead is not None:
+            return self._instead.default_chunk_size
+        return super().default_chunk_size
 
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
-        try:
-            product = self._active.differentiate_gradient(vector, side)
-        except DoubleBackwardError as error:
-            self._fall_back(error)
-        else:
-            if self._usable(product, vector):
-                return product
-        return self._active.differentiate_gradient(vector, side)
+        if self._instead is None:
+            try:
+                product = super().differentiate_gradient(vector, side)
+            except DoubleBackwardError as error:
+                self._fall_back(error)
+            else:
+                if self._usable(product, vector):
+                    return product
+        assert self._instead is not None
+        return self._instead.differentiate_gradient(vector, side)
 
     def multiply_chunk(self, block: Tree) -> Tree:
-        try:
-            products = self._active.multiply_chunk(block)
-        except DoubleBackwardError as error:
-            self._fall_back(error)
-        else:
-            if self._usable(products, block):
-                return products
-        return self._active.multiply_chunk(block)
+        if self._instead is None:
+            try:
+                products = super().multiply_chunk(block)
+            except DoubleBackwardError as error:
+                self._fall_back(error)
+            else:
+                if self._usable(products, block):
+                    return products
+        assert self._instead is not None
+        return self._instead.multiply_chunk(block)
 
     def repeated(self) -> AbstractContextManager[None]:
-        return self._active.repeated()
+        return super().repeated() if self._instead is None else self._instead.repeated()
 
     def _usable(self, product: Tree, vector: Tree) -> bool:
         """Whether a product is none of a second derivative that is NaN; the first is looked at.
@@ -140,10 +156,10 @@ class AutoHessian(Hessian):
             DoubleBackwardWarning,
         )
         self._seen = True
-        self._active = self._in_mode(FiniteDifferenceHessian)
-
-    def _in_mode(self, mode: type[Hessian]) -> Hessian:
-        return mode(self._inner, self._params, self._hparams, self.random_state)
+        self._graph = []
+        self._instead = FiniteDifferenceHessian(
+            self._inner, self._params, self._hparams, self.random_state
+        )
 
 
 _MODES: dict[str, type[Hessian]] = {

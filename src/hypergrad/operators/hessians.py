@@ -17,7 +17,7 @@ import optree
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_dependence, check_objective, check_structure, check_tree
+from hypergrad._checks import check_dependence, check_structure
 from hypergrad.autodiff.evaluation import (
     Objective,
     evaluate,
@@ -52,8 +52,7 @@ class Hessian(SymmetricOperator):
         random_state: what to replay; the default is the current state.
 
     Raises:
-        TypeError, ValueError: bad trees, or an ``inner`` that is not a finite scalar function of
-            ``params``.
+        TypeError, ValueError: ``inner`` is not a finite scalar function of ``params``.
     """
 
     def __init__(
@@ -63,9 +62,6 @@ class Hessian(SymmetricOperator):
         hparams: Tree,
         random_state: RandomState | None = None,
     ) -> None:
-        check_objective(inner, "inner")
-        check_tree(params, "params")
-        check_tree(hparams, "hparams")
         self._inner = inner
         self._params = fresh_leaves(params)
         self._hparams = fresh_leaves(hparams)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
-from hypergrad.operators import Mode, hessian
+from hypergrad.operators import Mode
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.tree import Tree
 
@@ -72,7 +73,7 @@ class Problem:
 
     def system(self, params: Tree, v: Tree, mode: Mode) -> tuple[float, Tree, Tree, Tree]:
         """``f``, ``∂_θ f``, ``H v``, ``(∂_φ F)ᵀ v``."""
-        operator = hessian(self.f, params, self.hparams, mode=mode)
+        operator = linearised(self.f, params, self.hparams, mode=mode)
         return operator.value, operator.gradient, *operator.vjp(v)
 
     def _at(self, objective: Objective, params: Tree, name: str) -> tuple[float, Tree, Tree]:

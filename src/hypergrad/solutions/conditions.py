@@ -15,7 +15,8 @@ from hypergrad import tree as tr
 from hypergrad.autodiff.partial import Tensors, partial_gradient
 from hypergrad.linsolve import BlockCG, LinearSolver, Solution
 from hypergrad.linsolve.base import OnFailure, report_failure
-from hypergrad.operators import Hessian, LinearOperator, Mode, Root, damped, hessian
+from hypergrad.operators import Hessian, LinearOperator, Mode, Root, damped
+from hypergrad.operators.auto import linearised
 
 Condition = Callable[[Tensors, Tensors], Any]
 """A function of the leaves of θ and of the tensors of φ: an objective, or the value of F."""
@@ -111,7 +112,7 @@ class Minimum(Conditions):
     def operator(self, params: Tensors, tensors: Tensors, needed: Sequence[bool]) -> Hessian:
         """The Hessian of f."""
         chosen, inner = self.part(tensors, needed)
-        return hessian(inner, list(params), chosen or [torch.zeros(1)], mode=self.mode)
+        return linearised(inner, list(params), chosen or [torch.zeros(1)], mode=self.mode)
 
     def optimality(self, params: Tensors, tensors: Tensors) -> Tensors:
         """The gradient of f."""

@@ -22,7 +22,8 @@ from hypergrad.autodiff.isolation import RandomState
 from hypergrad.autodiff.partial import Tensors, partial_gradient
 from hypergrad.linsolve import CG, LinearSolver, Neumann, Nystrom
 from hypergrad.minibatches import Averaged
-from hypergrad.operators import Hessian, LinearOperator, Mode, hessian
+from hypergrad.operators import Hessian, LinearOperator, Mode
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.base import SymmetricOperator
 from hypergrad.operators.gradients import Shared
 from hypergrad.solutions.adjoint import Adjoint
@@ -112,7 +113,7 @@ def hessian_at(
     """The Hessian of ``inner``, with a graph if a tensor of these trees requires gradients."""
     if needs_graph(tr.leaves((params, hparams, *more))):
         return DifferentiableHessian(inner, params, hparams)
-    return hessian(inner, params, hparams, mode=mode)
+    return linearised(inner, params, hparams, mode=mode)
 
 
 def with_flat_params(objective: Objective) -> Objective:

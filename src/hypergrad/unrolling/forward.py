@@ -26,7 +26,7 @@ from hypergrad.autodiff.isolation import Buffers, RandomState
 from hypergrad.autodiff.kept_graph import pull_back_block
 from hypergrad.autodiff.partial import Tensors
 from hypergrad.minibatches import with_arguments
-from hypergrad.operators import hessian
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.tree import Tree
@@ -232,7 +232,7 @@ def _gradient(
                 of_all = starting_from(objective, buffers, originals, lambda joint, _: joint)
             else:
                 of_all = with_arguments(objective, lambda joint, _: joint[:2])
-            operator = hessian(of_all, joint, none, mode=steps.mode)
+            operator = linearised(of_all, joint, none, mode=steps.mode)
             state = operator.random_state
             grads, *_ = operator.gradient
             products, *_ = operator.matmat((theta, phi, blocks))

@@ -30,7 +30,8 @@ from hypergrad.autodiff.isolation import Buffers, RandomState
 from hypergrad.autodiff.partial import Tensors, partial_gradient
 from hypergrad.autodiff.recompute import recomputed
 from hypergrad.errors import NonFiniteError
-from hypergrad.operators import Hessian, Mode, hessian
+from hypergrad.operators import Hessian, Mode
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.optimizers import Optimizer, Settings, State
 from hypergrad.tree import Tree
@@ -148,7 +149,7 @@ class Steps:
                     originals, values = buffers.floating()
                     objective = starting_from(objective, buffers, originals, _with_hparams)
                     outer = hparams, values
-                operator = hessian(objective, params, outer, mode=self.mode)
+                operator = linearised(objective, params, outer, mode=self.mode)
                 state = operator.random_state
                 leaves = (*tr.leaves(params), *tr.leaves(hparams), *values)
                 tree = tr.unflatten_like(params, _Gradient.apply(operator, *leaves))

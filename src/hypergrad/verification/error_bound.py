@@ -28,7 +28,8 @@ from torch import Tensor
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.linsolve import extreme_eigenvalues
-from hypergrad.operators import Hessian, Mode, SymmetricOperator, hessian
+from hypergrad.operators import Hessian, Mode, SymmetricOperator
+from hypergrad.operators.auto import linearised
 from hypergrad.tree import Tree
 
 Source: TypeAlias = Literal["given", "operator", "estimated"]
@@ -107,7 +108,7 @@ def error_bound(
     if not mu > 0.0:
         return ErrorBound(math.inf, math.inf, math.inf, math.inf, mu, source)
     pair, nothing = (tr.detach(params), tr.detach(hparams)), torch.zeros(1)
-    joint = hessian(lambda both, _: inner(*both), pair, nothing, mode=mode)
+    joint = linearised(lambda both, _: inner(*both), pair, nothing, mode=mode)
     mixed = _MARGIN * _norm(_MixedBlock(joint))
     rounding = _ROUNDINGS * tr.epsilon(params)
     solve_term = mixed / mu * (residual_norm + rounding * rhs_norm) + rounding * norm
@@ -115,7 +116,7 @@ def error_bound(
     displacement = inner_grad_norm / mu
     stationarity_term = 0.0
     if displacement > 0.0:
-        lagrangian = hessian(_lagrangian(inner, outer, v), pair, nothing, mode=mode)
+        lagrangian = linearised(_lagrangian(inner, outer, v), pair, nothing, mode=mode)
         bend = _norm(_MixedBlock(lagrangian)) + mixed / mu * _norm(_FirstBlock(lagrangian))
         stationarity_term = _MARGIN * displacement * bend
     absolute = solve_term + stationarity_term

@@ -32,7 +32,8 @@ from hypergrad.autodiff.kept_graph import custom_functions
 from hypergrad.errors import DoubleBackwardWarning, VerificationError, VerificationWarning, warn
 from hypergrad.linsolve.base import OnFailure
 from hypergrad.minibatches import Sampled
-from hypergrad.operators import Mode, hessian
+from hypergrad.operators import Mode
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.tree import Tree
 from hypergrad.verification.differences import (
@@ -288,7 +289,7 @@ def verify_problem(
     with verifying(), torch.inference_mode(False), torch.no_grad(), isolated_buffers():
         theta, phi = fresh_leaves(params), fresh_leaves(hparams)
         outer_value, cotangent, direct = value_and_gradients(outer, theta, phi, "outer")
-        exact = hessian(inner, params, hparams, mode=mode)
+        exact = linearised(inner, params, hparams, mode=mode)
         along = direction
         if along is None:
             # g may be stationary where steps begin, as at θ = 0.

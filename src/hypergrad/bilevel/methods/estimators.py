@@ -19,7 +19,8 @@ from hypergrad.hypergradients import hypergradient
 from hypergrad.implicit.hypergradient import Implicit
 from hypergrad.linsolve import Identity, LinearSolver, SGDSolve, StochasticNeumann
 from hypergrad.linsolve.base import of_nothing
-from hypergrad.operators import Mode, hessian
+from hypergrad.operators import Mode
+from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.optimizers import from_torch
 from hypergrad.results import Hypergradient
@@ -171,7 +172,7 @@ class DARTS(OneStep):
 
     def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
         """By Equations 7 and 8."""
-        inner = hessian(
+        inner = linearised(
             problem.inner_objective(), problem.params.tree, problem.hparams.tree, mode=self.mode
         )
         grads = fresh_leaves(inner.gradient)
