@@ -32,7 +32,7 @@ from hypergrad.tree import Tree
 from hypergrad.verification.dependence import warn_of_unused
 from hypergrad.verification.differences import verifying
 from hypergrad.verification.error_bound import ErrorBound, Source, error_bound
-from hypergrad.verification.moving_buffers import warn_of_statistics
+from hypergrad.verification.moving_buffers import FirstRun, warn_of_statistics
 from hypergrad.verification.verification import (
     Course,
     Verify,
@@ -124,7 +124,7 @@ def implicit_hypergradient(
     result = answer.result
     if result.verification is not None:
         with verifying():
-            warn_of_statistics(inner, outer, params, hparams)
+            warn_of_statistics(inner, outer, params, hparams, answer.first_run)
     report_verification(result.verification, mode=course.mode, on_failure=on_failure)
     report_failure(method.solver, result.solve, on_failure)
     if on_failure != "ignore":
@@ -146,6 +146,7 @@ class _Answer:
     operator: LinearOperator
     rhs: Tree
     damping: float
+    first_run: FirstRun
 
 
 def _answer(
@@ -169,7 +170,7 @@ def _answer(
         outer_value, rhs, direct = value_and_gradients(outer, theta, phi, "outer")
         exact = linearised(inner, params, hparams, mode=mode)
         operator = exact if curvature is None else _operator(curvature, params, hparams)
-        verification = None
+        verification, first_run = None, FirstRun()
         with exact.repeated():
             if isinstance(shift, AutoDamping):
                 solution, damping = shift.solve(solver, operator, rhs, x0=x0)
@@ -195,7 +196,7 @@ def _answer(
                 inner, outer, params, hparams,
                 direction=direction, second=second if curvature is None else None, mixed=along,
                 inner_value=exact.value, outer_value=outer_value, outer_grads=(rhs, direct),
-                random_state=exact.random_state,
+                random_state=exact.random_state, first_run=first_run,
             )  # fmt: skip
     grads = tr.subtract(direct, mixed)
     result = Hypergradient(
@@ -209,7 +210,7 @@ def _answer(
         # The mixed product is one more.
         matvecs=solution.matvecs + 1,
     )
-    return _Answer(result, exact, operator, rhs, damping)
+    return _Answer(result, exact, operator, rhs, damping, first_run)
 
 
 def _operator(

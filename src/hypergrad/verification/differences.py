@@ -6,13 +6,12 @@ the trapezoidal rule; see :mod:`hypergrad.verification.verification`.
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -25,14 +24,15 @@ from hypergrad.autodiff.evaluation import Objective, evaluate, fresh_leaves
 from hypergrad.autodiff.isolation import RandomState
 from hypergrad.autodiff.kept_graph import custom_functions, has_kinks
 from hypergrad.minibatches import Averaged
-from hypergrad.operators.gradients import value, value_and_gradients
+from hypergrad.operators.gradients import Shared, value, value_and_gradients
 from hypergrad.tree import Tree
+from hypergrad.verification.moving_buffers import FirstRun
 
 # The rounding of a value or a gradient, in units of the machine epsilon.
 _ROUNDINGS = 8.0
 # A difference whose rounding is a larger part than this of what it measures settles nothing.
 _RESOLVED = 0.05
-_CLEAR = 2e-4
+_CLEAR = 8e-4
 # float64, whose steps cross next to no kink.
 FINE = 1e-10
 # The second and third step, as parts of the first; and longer ones, which values need.
@@ -65,8 +65,11 @@ class Displaced:
         phi: Tree,
         random_state: RandomState,
         rounding: float,
+        first_run: FirstRun | None = None,
     ) -> None:
         self._objective = objective
+        self._first_run = first_run or FirstRun()
+        self._only_kinks: bool | None = None
         self._name = name
         self._random_state = random_state
         self.theta = theta
@@ -75,12 +78,32 @@ class Displaced:
 
     def gradients(self, theta: Tree) -> tuple[float, Tree, Tree]:
         """The value, and the gradients in θ and φ."""
-        return self._evaluated(value_and_gradients, theta, self.phi)
+        objective = self._objective
+        if self._only_kinks is not None or isinstance(objective, Averaged | Shared):
+            return self._evaluated(value_and_gradients, theta, self.phi)
+
+        def noted(params: Tree, hparams: Tree) -> Tensor:
+            value = objective(params, hparams)
+            self._only_kinks = _only_kinks(value)
+            return value
+
+        return self._evaluated(value_and_gradients, theta, self.phi, noted)
 
     def value(self, theta: Tree, phi: Tree) -> float:
         """The value alone."""
-        found: float = self._evaluated(value, theta, phi)
+        # Some of these take gradients all the same.
+        watched = (
+            nullcontext() if isinstance(self._objective, Shared) else self._first_run.watched()
+        )
+        with watched:
+            found: float = self._evaluated(value, theta, phi)
         return found
+
+    def only_kinks(self) -> bool:
+        """Whether the functions that could be wrong have kinks."""
+        if self._only_kinks is None:
+            self._only_kinks = _only_kinks(self.graph())
+        return self._only_kinks
 
     def _evaluated(
         self, how: Callable[..., Any], theta: Tree, phi: Tree, objective: Objective | None = None
@@ -324,14 +347,7 @@ class Kinks:
 
     def __call__(self) -> bool:
         """Whether the only functions that could be wrong have kinks."""
-        if self._f.rounding < FINE:
-            return False
-        return self._found
-
-    @functools.cached_property
-    def _found(self) -> bool:
-        value = self._f.graph()
-        return has_kinks(value) and not custom_functions(value)
+        return self._f.rounding >= FINE and self._f.only_kinks()
 
 
 def not_failed(verdict: Verdict) -> Verdict:
@@ -348,6 +364,10 @@ def worst(*judged: tuple[Verdict, float | None]) -> tuple[Verdict, float | None]
     return worst, max(
         (e for verdict, e in judged if verdict is worst and e is not None), default=None
     )
+
+
+def _only_kinks(value: Tensor) -> bool:
+    return has_kinks(value) and not custom_functions(value)
 
 
 def _scalar(number: float) -> Tensor:

@@ -5,7 +5,8 @@ They are functions of θ and φ: ``dg/dφ`` has a part that leads through them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, evaluate, fresh_leaves
 from hypergrad.autodiff.isolation import Buffers, RandomState
 from hypergrad.errors import HypergradWarning, warn
-from hypergrad.minibatches import Averaged, Sampled
+from hypergrad.minibatches import Averaged
 from hypergrad.operators.gradients import value_and_gradients
 from hypergrad.tree import Tree
 
@@ -78,25 +79,50 @@ def warn_of_constants(buffers: Buffers, originals: Sequence[Tensor]) -> None:
         )
 
 
-def warn_of_statistics(inner: Objective, outer: Objective, params: Tree, hparams: Tree) -> None:
+class FirstRun:
+    """What one evaluation of f leaves in the buffers of modules, where one is made anyway.
+
+    Attributes:
+        buffers: ``None`` until there was one.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: Buffers | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """To be entered around evaluations without a gradient, in which nothing is recomputed."""
+        if self.buffers is not None:
+            yield
+            return
+        buffers = Buffers()
+        with buffers.carried():
+            yield
+        self.buffers = buffers
+
+
+def warn_of_statistics(
+    inner: Objective, outer: Objective, params: Tree, hparams: Tree, run: FirstRun
+) -> None:
     """Say which buffers are functions of θ in truth, and constants to the implicit derivative.
 
-    It costs one evaluation of f, and where that changes a buffer one gradient of g.
+    It costs one evaluation of f if ``run`` had none, and one gradient of g if f changes a buffer.
 
     Args:
         inner: f.
         outer: g.
         params: θ.
         hparams: φ.
+        run: an evaluation of f at θ or next to it.
     """
-    if isinstance(inner, Averaged):
-        _, inner = next(inner.parts())
-    elif isinstance(inner, Sampled):
-        return  # Looking would take a batch.
     theta, phi = fresh_leaves(params), fresh_leaves(hparams)
-    buffers = Buffers()
-    with buffers.carried():
-        evaluate(inner, theta, phi, RandomState(theta, phi), "inner")
+    buffers = run.buffers
+    if buffers is None:
+        if isinstance(inner, Averaged):
+            _, inner = next(inner.parts())
+        buffers = Buffers()
+        with buffers.carried():
+            evaluate(inner, theta, phi, RandomState(theta, phi), "inner")
     if not buffers.moved():
         return
     *_, read = outer_gradients(outer, theta, phi, buffers)

@@ -51,6 +51,7 @@ from hypergrad.verification.differences import (
     worst,
 )
 from hypergrad.verification.fingerprint import Memory, fingerprint
+from hypergrad.verification.moving_buffers import FirstRun
 
 Derivative: TypeAlias = Literal["first", "second", "mixed", "outer"]
 Verify: TypeAlias = Literal["once", "always", "never"]
@@ -192,6 +193,7 @@ def verify_derivatives(
     outer_value: float,
     outer_grads: tuple[Tree, Tree],
     random_state: RandomState,
+    first_run: FirstRun | None = None,
     rounding: float | None = None,
 ) -> Verification:
     """Compare what made a hypergradient with differences along the solution of its linear system.
@@ -211,6 +213,7 @@ def verify_derivatives(
         outer_value: ``g(θ, φ)``.
         outer_grads: ``∂_θ g`` and ``∂_φ g``.
         random_state: where the evaluations of f and g started.
+        first_run: what looks at the buffers of modules in an evaluation of f.
         rounding: the machine epsilon; ``None``: that of θ and φ.
     """
     theta, phi = tr.detach(params), tr.detach(hparams)
@@ -219,7 +222,7 @@ def verify_derivatives(
     if rounding > _COARSEST or not 0.0 < length < math.inf:
         return Verification(Verdict.INCONCLUSIVE)
     with verifying():
-        f = Displaced(inner, "inner", theta, phi, random_state, rounding)
+        f = Displaced(inner, "inner", theta, phi, random_state, rounding, first_run)
         g = Displaced(outer, "outer", theta, phi, random_state, rounding)
         kinks = Kinks(f)
         unit = tr.divide(direction, length)
@@ -251,7 +254,7 @@ def verify_derivatives(
                 inner, outer, params, hparams,
                 direction=direction, second=second, mixed=mixed, inner_value=inner_value,
                 outer_value=outer_value, outer_grads=outer_grads, random_state=random_state,
-                rounding=coarsest,
+                first_run=first_run, rounding=coarsest,
             )  # fmt: skip
         if coarsest > _COARSEST:
             found = {name: (not_failed(verdict), error) for name, (verdict, error) in found.items()}
