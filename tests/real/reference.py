@@ -76,8 +76,7 @@ class Problem:
             self.functional(self.outer),
             self.params,
             self.hparams,
-            solver=hg.CG(rtol=self.rtol),
-            damping="auto",
+            method=hg.Implicit(hg.CG(rtol=self.rtol)),
             on_failure="raise",
             **options,
         )

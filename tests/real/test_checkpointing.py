@@ -44,7 +44,7 @@ def test_recomputed_activations_are_those_of_the_given_parameters(make: Any, mod
     plain, recomputed = (
         hg.hypergradient(
             problem.functional(problem.inner), problem.functional(problem.outer), moved(problem),
-            problem.hparams, solver=hg.CG(rtol=1e-4), damping=100.0, mode=mode,
+            problem.hparams, method=hg.Implicit(hg.CG(rtol=1e-4), damping=100.0, mode=mode),
         ).grads
         for problem in twins(make)
     )  # fmt: skip
