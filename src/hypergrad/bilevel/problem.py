@@ -144,9 +144,9 @@ class Measured:
         return value
 
     def _notice_hparams(self, value: Any, hparams: Tree) -> None:
-        leaves = tr.leaves(hparams)
         if not isinstance(value, Tensor) or inside_a_transform():
             return
+        leaves = tr.leaves(hparams)
         if value.requires_grad and all(leaf.requires_grad for leaf in leaves):
             found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             self.uses = [grad is not None for grad in found]
