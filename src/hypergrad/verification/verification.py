@@ -231,7 +231,7 @@ def verify_derivatives(
         found = {
             "first": worst(
                 judged(line.slope_errors(), tolerance, resolve=False),
-                judged(line.curvature_errors(), 10.0 * tolerance, resolve=False),
+                judged(line.curvature_errors(), 10.0 * tolerance, resolve=False, hopeless=kinks),
                 judged(line.outer_slope_errors(tr.divide(mixed, length)), 3.0 * tolerance),
             ),
             "mixed": judged(
