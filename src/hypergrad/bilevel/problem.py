@@ -144,7 +144,7 @@ class Measured:
         return value
 
     def _notice_hparams(self, value: Any, hparams: Tree) -> None:
-        if not isinstance(value, Tensor) or inside_a_transform():
+        if not isinstance(value, Tensor) or torch.compiler.is_compiling() or inside_a_transform():
             return
         leaves = tr.leaves(hparams)
         if value.requires_grad and all(leaf.requires_grad for leaf in leaves):
