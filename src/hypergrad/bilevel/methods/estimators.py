@@ -16,7 +16,7 @@ from hypergrad.autodiff.evaluation import filled, fresh_leaves, gradient
 from hypergrad.bilevel.problem import Problem
 from hypergrad.errors import DampingWarning, HypergradWarning, LinearSolveWarning
 from hypergrad.hypergradients import hypergradient
-from hypergrad.implicit.hypergradient import Implicit
+from hypergrad.implicit.hypergradient import Implicit, implicit_hypergradient
 from hypergrad.linsolve import Identity, LinearSolver, SGDSolve, StochasticNeumann
 from hypergrad.linsolve.base import of_nothing
 from hypergrad.operators import Mode
@@ -67,21 +67,21 @@ class ByImplicit(Estimator):
             )
 
     def estimate(self, problem: Problem, x0: Tree | None) -> Hypergradient:
-        """By :func:`hypergrad.hypergradient`, with one warning for each way to fail."""
+        """As :func:`hypergrad.hypergradient` does, with one warning for each way to fail."""
         method, on_failure = self.method, problem.on_failure
         solver, curvature = method.solver, method.curvature
         warm = solver.gains_from_x0 if method.warm_start is None else method.warm_start
         batches = problem.draw_inner()
-        result = hypergradient(
-            problem.inner_objective(batches),
-            problem.outer_objective(),
-            problem.params.tree,
-            problem.hparams.tree,
-            method=replace(
+        result = implicit_hypergradient(
+            replace(
                 method,
                 damping=problem.damping if method.damping == "auto" else method.damping,
                 curvature=curvature and (lambda w, h: curvature(w, h, *batches)),
             ),
+            problem.inner_objective(batches),
+            problem.outer_objective(),
+            problem.params.tree,
+            problem.hparams.tree,
             on_failure="ignore" if on_failure == "warn" else on_failure,
             x0=x0 if warm else None,
             verify=problem.verify,

@@ -17,12 +17,11 @@ from hypergrad.bilevel.methods.followed import Followed
 from hypergrad.bilevel.methods.procedures import Procedure
 from hypergrad.bilevel.problem import Problem
 from hypergrad.bilevel.steps import naming
-from hypergrad.hypergradients import hypergradient
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.base import Slot
 from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
-from hypergrad.unrolling.hypergradient import Unrolled
+from hypergrad.unrolling.hypergradient import Unrolled, unrolled_hypergradient
 from hypergrad.unrolling.unroll import unroll
 
 
@@ -98,14 +97,12 @@ class Unrolling(Procedure):
             return next((places[k] for k, loss in losses.items() if not math.isfinite(loss)), "")
 
         with naming(where):
-            result = hypergradient(
+            result = unrolled_hypergradient(
+                replace(self._method, optimizer=self._optimizer, steps=batches, state=self._state),
                 self._recording(losses),
                 self._problem.outer_objective(),
                 self._problem.params.tree,
                 self._problem.hparams.tree,
-                method=replace(
-                    self._method, optimizer=self._optimizer, steps=batches, state=self._state
-                ),
                 on_failure=self._problem.on_failure,
                 verify=self._problem.verify,
             )
