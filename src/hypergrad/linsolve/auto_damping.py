@@ -1,4 +1,4 @@
-"""Damping that the curvature met by the solve asks for (Levenberg 1944; Marquardt 1963)."""
+"""Damping from the curvature that a solve meets (Levenberg 1944; Marquardt 1963)."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from hypergrad.operators.base import LinearOperator
 from hypergrad.operators.simple import damped
 from hypergrad.tree import Tree
 
-# What damping can mend, and how often it is tried: where an iteration diverges since its step is
-# too long, more damping makes it diverge faster.
+# The failures that damping may mend, and how often it is tried. Where an iteration diverges because
+# its step is too long, more damping makes it diverge faster.
 _RAISES = {Status.NEGATIVE_CURVATURE: 20, Status.BREAKDOWN: 20, Status.DIVERGED: 2}
-# Of the magnitude of the spectrum, beyond what the negative end asks for: it bounds the condition
-# number, and so the products, of a damped solve.
+# A share of the magnitude of the spectrum, added to what the negative end asks for. It bounds the
+# condition number of a damped solve, and so its products.
 _MARGIN = 1 / 800
-# What was too little without an estimate of the spectrum grows so much; what was enough shrinks at
-# most so much from solve to solve. Slowly: another mini-batch may have the more negative end, a few
-# iterations see too little of it, and each solve that fails is a whole one lost.
+# Without an estimate of the spectrum, λ grows by the first factor. Per solve it shrinks at most by
+# the second. It shrinks slowly because another mini-batch may have a more negative end, a few
+# iterations see too little of it, and a solve that fails is lost.
 _GROWTH, _DECAY = 4.0, 0.8
-# Of the largest eigenvalue: a solve with so little is as good as a plain one.
+# A share of the largest eigenvalue: a solve with so little damping equals a plain one.
 _NEGLIGIBLE = 1e-5
 
 
 def sufficient_damping(smallest: float, largest: float) -> float:
     """``2 max(−λ_min, 0) + max|λ| / 800``, from estimates of both ends of a spectrum.
 
-    A direction of curvature ``λ_min < 0`` is then divided by a little more than ``|λ_min|``: its
-    share of the solution is as large as that of a direction of the same curvature upwards.
+    It divides a direction of curvature ``λ_min < 0`` by a little more than ``|λ_min|``, as much as
+    a direction of the curvature ``|λ_min|``.
     """
     magnitude = max(abs(smallest), abs(largest))
     # A = 0 has no scale of its own.
@@ -41,20 +41,17 @@ def sufficient_damping(smallest: float, largest: float) -> float:
 class AutoDamping:
     """The λ of ``(A + λI) x = b`` that a solve takes, remembered for the next one.
 
-    ``damping="auto"`` is a new one for each call. A loop of your own, over one problem after the
-    other, keeps one and passes it to every call: ``damping=AutoDamping()``. The first solve is a
-    plain one. Where a solve fails for too little damping, it is repeated with
-    :func:`sufficient_damping`: of the Ritz values that :class:`CG` has seen, or else of a Lanczos
-    estimate. After each damped solve λ falls again as far as the Ritz values allow, at most by a
-    fifth, and at last to 0 where the spectrum that was seen is positive and well-conditioned.
+    ``damping="auto"`` makes a new one per call. A loop of your own over a sequence of problems
+    makes one and passes it to every call: ``damping=AutoDamping()``. The first solve is plain.
+    Where a solve fails for lack of damping, it is repeated with :func:`sufficient_damping`, by the
+    Ritz values that :class:`CG` has seen or by a Lanczos estimate. After each damped solve λ falls
+    as far as the Ritz values allow, at most by a fifth. It falls to 0 where the spectrum that the
+    solve saw is positive and well-conditioned.
 
     Attributes:
-        start: λ of the next solve.
-        largest_curvature: ``max|λ|`` of A as far as the last damped solve has seen it; ``None``
-            where the last solve was a plain one, or its solver sees nothing of the spectrum.
-
-    Raises:
-        TypeError, ValueError: ``start`` is no finite number ≥ 0.
+        start: λ of the next solve, ≥ 0.
+        largest_curvature: ``max|λ|`` of A as the last damped solve saw it. ``None`` after a plain
+            solve, and for a solver that sees nothing of the spectrum.
     """
 
     start: float = 0.0
@@ -69,8 +66,8 @@ class AutoDamping:
         """Solve ``(A + λI) x = b``.
 
         Args:
-            solver: how to solve.
-            operator: A. Where it is not symmetric, λ stays what it is.
+            solver: the solver for each attempt.
+            operator: A. If it is not symmetric, λ stays as it is.
             rhs: b.
             x0: where each attempt starts.
 
@@ -107,16 +104,16 @@ class AutoDamping:
         return self.largest_curvature is not None and damping > self.largest_curvature
 
     def _lowered(self, solution: Solution, damping: float) -> float:
-        """What the next solve needs, judging by one that went well."""
+        """The λ for the next solve, after one that succeeded."""
         ends = _ends(solution, damping)
         least = _DECAY * damping
         if ends is None:
             return least
         enough = self._noted(*ends)
         if ends[0] > _MARGIN * ends[1]:
-            # All that was seen is positive, and well-conditioned; but a short solve sees little.
+            # The spectrum seen is positive and well-conditioned, but a short solve sees little.
             return 0.0 if least < _NEGLIGIBLE * ends[1] else least
-        # Next to the largest number even an estimate overflows.
+        # Near the largest number of the dtype even an estimate overflows.
         return max(enough, least) if math.isfinite(enough) else damping
 
     def _noted(self, smallest: float, largest: float) -> float:
@@ -126,7 +123,7 @@ class AutoDamping:
 
 
 def _ends(solution: Solution, damping: float) -> tuple[float, float] | None:
-    """Both ends of the spectrum of A that a damped solve has seen."""
+    """Both ends of the spectrum of A that a damped solve has seen, if it saw any."""
     if solution.seen is None:
         return None
     smallest, largest = solution.seen.ends()

@@ -1,4 +1,4 @@
-"""The contract of every linear solver, and what a solve returns: the answer and its receipt."""
+"""The contract of linear solvers, and the receipt of a solve."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method found for a system whose right-hand side has norm about 1.
+    """The result of a method for a system whose right-hand side has norm about 1.
 
     Attributes:
         x: the answer; where it is wider than the right-hand side, it is rounded once at the end.
-        status: how it ended; ``NON_FINITE`` outcomes still hold a finite ``x``.
-        iterations: how many were done.
-        residual_norm: ``‖b − A x‖`` measured for this ``x``, ``None`` if it was not.
+        status: how the method ended; also a ``NON_FINITE`` outcome holds a finite ``x``.
+        iterations: how many it took.
+        residual_norm: ``‖b − A x‖`` as measured for this ``x``, or ``None``.
         residuals: the norms after each iteration, if recorded.
-        seen: what the method learned of the spectrum of A on its way, if it does.
+        seen: what the method learned of the spectrum of A, if it does.
     """
 
     x: Tree
@@ -43,14 +43,17 @@ class Outcome:
 class LinearSolver(ABC):
     """Solves ``A x = b`` for a map A on trees; a frozen dataclass of its options.
 
-    A new solver implements :meth:`solve_scaled`; :meth:`solve` does for all of them what is the
+    A new solver implements :meth:`solve_scaled`. :meth:`solve` does for all of them what is the
     same: it checks the input, widens half precision, scales b to norm 1 (so that a tiny b in low
     precision does not underflow), starts from x0, and counts the products.
 
+    A solver checks its options when it is made: one of the wrong type raises ``TypeError``, one out
+    of its range ``ValueError``.
+
     Attributes:
-        needs_symmetric: whether the method is wrong for a non-symmetric A; ``solve`` then ends as
+        needs_symmetric: whether the method needs a symmetric A; ``solve`` then ends as
             ``NOT_SYMMETRIC`` unless the operator is known to be symmetric.
-        needs_fresh_batches: whether each product is to be of another mini-batch, see
+        needs_fresh_batches: whether each product must use another mini-batch, see
             :class:`hypergrad.Sampled`.
     """
 
@@ -59,9 +62,9 @@ class LinearSolver(ABC):
 
     @property
     def gains_from_x0(self) -> bool:
-        """Whether an ``x0`` near the solution makes a solve cheaper: one with a tolerance to reach.
+        """Whether an ``x0`` near the solution makes a solve cheaper, as it does with a tolerance.
 
-        The loop starts such a solver from its last solution.
+        The bilevel loop starts such a solver from its last solution.
         """
         return False
 
@@ -72,8 +75,8 @@ class LinearSolver(ABC):
         Args:
             operator: A.
             rhs: the scaled right-hand side, finite and not zero, float32 or wider.
-            rhs_scale: the norm of the caller's right-hand side, by which it was divided; tolerances
-                relative to it are tolerances here, absolute ones are divided by it.
+            rhs_scale: the norm of the caller's right-hand side, by which it was divided. Relative
+                tolerances apply as they are; absolute ones must be divided by it.
         """
 
     def solve_scaled_from(
@@ -81,11 +84,11 @@ class LinearSolver(ABC):
     ) -> Outcome:
         """Solve ``A x = rhs`` from another x, by solving for the correction ``A e = b − A start``.
 
-        To be overridden where one product says too little of ``A start``: where each is of another
-        mini-batch.
+        A solver overrides it where one product says too little of ``A start``, because each product
+        uses another mini-batch.
         """
         residual = tr.subtract(rhs, operator.matvec(start))
-        # One that leaves more than all of b is a worse start than zero.
+        # A start whose residual is longer than b is worse than zero.
         if not tr.norm(residual) <= 1.0:
             return self.solve_scaled(operator, rhs, rhs_scale)
         outcome = self.solve_scaled(operator, residual, rhs_scale)
@@ -97,8 +100,8 @@ class LinearSolver(ABC):
         Args:
             operator: A.
             rhs: b, in the structure of ``operator.like``.
-            x0: where to start, such as the solution of a similar system. The default is zero, which
-                is also taken where the residual of ``x0`` is longer than b.
+            x0: where to start, such as the solution of a similar system. The default is zero; zero
+                is also used where the residual of ``x0`` is longer than b.
 
         Returns:
             The answer and the receipt. A failed solve returns its best iterate and a status that
@@ -112,7 +115,9 @@ class LinearSolver(ABC):
             check_like(x0, operator.like, "x0", "the operator's vectors")
         counted = Counted(operator)
         rhs = tr.at_least_float32(tr.detach(rhs))
-        if not operator.symmetric and (self.needs_symmetric or _preconditioner_needs(self)):
+        preconditioner = getattr(self, "preconditioner", None)
+        needs_symmetric = self.needs_symmetric or getattr(preconditioner, "needs_symmetric", False)
+        if needs_symmetric and not operator.symmetric:
             return Solution(tr.zeros_like(rhs), Status.NOT_SYMMETRIC, 0, 0, 1.0)
         scale = tr.norm(rhs)
         if scale == 0.0:
@@ -128,7 +133,7 @@ class LinearSolver(ABC):
                 start = tr.divide(tr.cast_like(tr.detach(x0), rhs), scale)
                 outcome = self.solve_scaled_from(counted, unit, start, scale)
         except LinAlgError:
-            # LAPACK gives up on the small matrix of a method where products overflow.
+            # LAPACK fails on the small matrix of a method where products overflow.
             outcome = Outcome(tr.zeros_like(rhs), Status.NON_FINITE, 0, None)
         x = tr.cast_like(tr.scale(outcome.x, scale), rhs)
         if not tr.is_finite(x):
@@ -147,19 +152,15 @@ class LinearSolver(ABC):
         )
 
 
-def _preconditioner_needs(solver: LinearSolver) -> bool:
-    return getattr(getattr(solver, "preconditioner", None), "needs_symmetric", False)
-
-
 def _may_underflow(unit: Tree, scale: float) -> bool:
-    """Whether ``scale · unit`` may leave the range in which its dtype has all its digits."""
+    """Whether ``scale · unit`` may leave the range in which its dtype has full precision."""
     ends = [torch.finfo(leaf.dtype) for leaf in tr.leaves(unit)]
-    # Entries that are shorter than the whole by less than the square of the rounding count.
+    # Entries below eps² of the norm may underflow: they do not count.
     return tr.norm(unit) * scale < max(end.tiny / end.eps**2 for end in ends)
 
 
 def _measured_again(outcome: Outcome, operator: LinearOperator, x: Tree, rhs: Tree) -> Outcome:
-    """``outcome`` with the residual of ``x``, which is its x without the digits that it lost."""
+    """``outcome`` with the residual of ``x``: its x after rounding to the caller's scale."""
     assert outcome.residual_norm is not None
     measured = residual_norm(operator, x, rhs)
     lost = measured > 1.1 * outcome.residual_norm + 10 * tr.epsilon(rhs)
@@ -307,7 +308,7 @@ def check_solver(solver: object) -> None:
 
 
 def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailure) -> None:
-    """Warn or raise, as asked, if the solve failed."""
+    """Warn or raise, as ``on_failure`` says, if the solve failed."""
     if on_failure == "ignore" or not solution.status.failed:
         return
     message = f"the linear solve of {type(solver).__name__} failed: {solution}"
@@ -318,7 +319,7 @@ def report_failure(solver: LinearSolver, solution: Solution, on_failure: OnFailu
 
 
 def of_nothing(solution: Solution) -> str:
-    """What to add to the words of a failed solve whose answer is zero."""
+    """The end of the message of a failed solve whose answer is zero; else an empty string."""
     if tr.norm(solution.x) > 0.0:
         return ""
     return "; nothing was solved, so the hypergradient is ∂g/∂φ alone (v = 0)"

@@ -24,9 +24,9 @@ class BlockSolution:
 
     Attributes:
         x: the answers, a block like B.
-        status: how the solve ended; ``CONVERGED`` if every column did.
-        iterations: how many were done.
-        matvecs: how many products with A, a block of k counting k.
+        status: how the solve ended; ``CONVERGED`` if every column converged.
+        iterations: how many the solve took.
+        matvecs: how many products with A; a block of k vectors counts k.
         relative_residuals: ``‖b_i − A x_i‖ / ‖b_i‖``, measured, shape ``(k,)``.
     """
 
@@ -41,19 +41,15 @@ class BlockSolution:
 class BlockCG(LinearSolver):
     """Conjugate gradient in the space that all right-hand sides span together (O'Leary 1980).
 
-    Every column has its least error in the sum of all Krylov spaces, so that k systems take fewer
+    Each column has its least error in the sum of all Krylov spaces. So k systems take fewer
     iterations together than one does alone, and the products come in blocks. The residuals are
-    kept orthonormal (Dubrulle 2001, Alg. BCGrQ); directions that the block has lost, since columns
-    depend on each other or have converged, are dropped from it.
+    kept orthonormal (Dubrulle 2001, Alg. BCGrQ). Directions that vanish, because columns depend on
+    each other or have converged, are dropped.
 
     Args:
         rtol: relative tolerance, for the measured residual of each column.
-        maxiter: the most iterations; ``None`` is 10 n. Each costs one product a column.
-        chunk_size: how many vectors are multiplied at once, at most; ``None`` is the operator's
-            choice.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
+        maxiter: the most iterations; ``None`` is 10 n. Each costs one product per column.
+        chunk_size: the most vectors per product; ``None`` is the operator's choice.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -81,9 +77,6 @@ class BlockCG(LinearSolver):
         Args:
             operator: A, symmetric positive definite.
             rhs: B, a tree like ``operator.like`` with a leading dimension k on every leaf.
-
-        Raises:
-            TypeError, ValueError: ``rhs`` is no block of the operator's vectors.
         """
         check_tree(rhs, "rhs")
         check_structure(rhs, operator.like, "rhs", "the operator's vectors", leading=1)
@@ -99,7 +92,7 @@ class BlockCG(LinearSolver):
         try:
             X, status, iterations, residuals = self._solve(counted, bl.scale_rows(B, 1.0 / scales))
         except LinAlgError:
-            # As in LinearSolver.solve: products overflow.
+            # Products overflow, as in LinearSolver.solve.
             X, status, iterations, residuals = zero, Status.NON_FINITE, 0, torch.ones_like(norms)
         X = bl.scale_rows(X, scales)
         if not tr.is_finite(X):
@@ -108,7 +101,6 @@ class BlockCG(LinearSolver):
 
     @property
     def gains_from_x0(self) -> bool:
-        """Yes: it stops at its tolerance."""
         return True
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
@@ -138,7 +130,7 @@ class BlockCG(LinearSolver):
                 break
             if status is not None:
                 return X, status, iterations, norms
-            # As in refine(): a cycle that did not halve the residual shows rounding.
+            # A cycle that did not halve the residual shows rounding, as in RefinedSolver.
             if float(measured.max()) > 0.5 * float(previous.max()) and iterations < maxiter:
                 return X, Status.STAGNATED, iterations, norms
             previous = measured

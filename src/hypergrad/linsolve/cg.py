@@ -21,7 +21,7 @@ from hypergrad.linsolve.spectrum import Tridiagonal
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-# A true residual costs a product: often enough to see rounding, rarely enough to cost little.
+# A true residual costs a product. 20 iterations show rounding soon enough at little cost.
 _TRUE_RESIDUAL_EVERY = 20
 
 
@@ -32,18 +32,14 @@ class CG(LinearSolver):
     Stops when ``‖b − A x‖ ≤ max(rtol ‖b‖, atol)`` holds for the true residual.
 
     Args:
-        rtol: relative tolerance. ``None`` does ``maxiter`` iterations and spends no product to see
-            how far they came: an answer that is approximate by design.
+        rtol: relative tolerance. ``None`` does ``maxiter`` iterations and does not measure the
+            residual: the answer is approximate by design.
         atol: absolute tolerance, in the units of b.
         maxiter: the most iterations; ``None`` is 10 n, as in SciPy. Each costs one product, so set
             it for large models.
         preconditioner: such as :class:`NystromPreconditioner`; or a function ``r ↦ M r`` on trees,
-            linear, symmetric and positive definite, with M near A⁻¹, which may be applied to scaled
-            vectors.
+            linear, symmetric and positive definite, with M near A⁻¹.
         record_residuals: whether the receipt keeps the residual norm of every iteration.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -65,31 +61,32 @@ class CG(LinearSolver):
         if self.rtol is not None:
             check_number(self.rtol, "rtol", at_least=0.0)
         elif self.maxiter is None:
-            raise ValueError("maxiter must be given with rtol=None, which nothing else would end")
+            raise ValueError(
+                "maxiter must be given with rtol=None, where nothing else ends the solve"
+            )
         check_number(self.atol, "atol", at_least=0.0)
         check_count(self.maxiter, "maxiter", optional=True)
         check_preconditioner(self.preconditioner)
 
-    # Deviations from the textbook:
-    # - b − A x is computed every few iterations and whenever the recurrence claims convergence,
-    #   since in floating point the two drift apart. The recurrence goes on undisturbed (replacing r
-    #   while p stays makes CG diverge near the limit of the precision) until they differ by half:
-    #   then CG starts again from the true residual, as iterative refinement does.
-    # - A restart that did not halve the residual of the one before shows rounding: STAGNATED.
-    # - A direction whose curvature pᵀAp / pᵀM⁻¹p is negative, or zero to rounding beside the
-    #   largest one met, ends the solve with the iterate of least residual. In an operator known to
-    #   have no negative curvature it is rounding. The denominator is `pp`: it has a recurrence of
-    #   its own, since z and the last p are conjugate in M⁻¹.
-    # - The host reads two scalars an iteration, pᵀAp and ‖r‖ (three with a preconditioner).
     @property
     def gains_from_x0(self) -> bool:
-        """Where there is a tolerance."""
         return self.rtol is not None
 
+    # Deviations from the textbook:
+    # - b − A x is computed every few iterations and whenever the recurrence claims convergence,
+    #   since in floating point the two drift apart. The recurrence goes on until they differ by
+    #   half; then CG starts again from the true residual. (To replace r and keep p makes CG diverge
+    #   near the limit of the precision.)
+    # - A restart that did not halve the residual of the one before shows rounding: STAGNATED.
+    # - A direction whose curvature pᵀAp / pᵀM⁻¹p is negative, or zero compared with the largest
+    #   curvature so far, ends the solve with the iterate of least residual. In an operator known
+    #   to have no negative curvature it is rounding. `pp` is the denominator; it has a recurrence
+    #   of its own, since z and the last p are conjugate in M⁻¹.
+    # - The host reads two scalars per iteration, pᵀAp and ‖r‖ (three with a preconditioner).
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         tolerance = max(self.rtol or 0.0, self.atol / rhs_scale)
         maxiter = self.maxiter or 10 * tr.size(rhs)
-        # Where nobody asks, the last iterate's residual is not worth a product.
+        # Without a tolerance the residual of the last iterate is not worth a product.
         unmeasured = maxiter if self.rtol is None else None
         epsilon = tr.epsilon(rhs)
 
@@ -98,7 +95,7 @@ class CG(LinearSolver):
         precondition = prepare(self.preconditioner, operator)
         z, rz = apply_preconditioner(precondition, r, norm, option=self.preconditioner)
         p, pp = tr.clone(z), rz
-        # The same tensors in bare lists, which are gone through faster.
+        # The same tensors in bare lists, which iterate faster than trees.
         xs, rs, ps = tr.leaves(x), tr.leaves(r), tr.leaves(p)
         status = Status.CONVERGED if norm <= tolerance else Status.MAX_ITERATIONS
         measured: float | None = norm
@@ -107,7 +104,7 @@ class CG(LinearSolver):
         largest_curvature = 0.0
         restart_norm = math.inf
         iteration = 0
-        # The Lanczos matrix of the run, which its scalars are (Saad 2003, §6.7.3).
+        # The Lanczos matrix of the run, from its scalars (Saad 2003, §6.7.3).
         diagonal: list[float] = []
         off: list[float] = []
         inverse_alpha = beta = 0.0
@@ -128,7 +125,7 @@ class CG(LinearSolver):
                 negative = pAp < -flat and operator.lower_bound < 0.0
                 status = Status.NEGATIVE_CURVATURE if negative else Status.BREAKDOWN
                 if negative and norm <= 10 * tr.epsilon(operator.like):
-                    # Directions as short as this are rounding in half precision, and so is a sign.
+                    # In half precision the sign of so short a direction is rounding.
                     status = Status.STAGNATED
                 break
             largest_curvature = max(largest_curvature, pAp / pp)
@@ -156,7 +153,7 @@ class CG(LinearSolver):
                     status = Status.STAGNATED if measured > 0.5 * restart_norm else status
                     r, norm, restart_norm = true_r, measured, measured
                     rs = tr.leaves(r)
-                    # Earlier norms were the recurrence's own belief.
+                    # Earlier norms came from the recurrence.
                     best, best_norm = None, measured
             if not math.isfinite(norm):
                 status = Status.NON_FINITE
@@ -182,15 +179,10 @@ class CG(LinearSolver):
         elif measured is None:
             measured = residual_norm(operator, x, rhs)
         observe(self.preconditioner, iteration)
-        # With a preconditioner it is that of another operator, M^½ A M^½.
+        # With a preconditioner the matrix is that of another operator, M^½ A M^½.
         seen = None
         if diagonal and precondition is None and status is not Status.NON_FINITE:
             seen = Tridiagonal(diagonal, off[: len(diagonal) - 1])
         return Outcome(
-            x,
-            status,
-            iteration,
-            measured,
-            tuple(history) if self.record_residuals else None,
-            seen,
+            x, status, iteration, measured, tuple(history) if self.record_residuals else None, seen
         )

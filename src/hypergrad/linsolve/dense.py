@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,20 +21,16 @@ from hypergrad.tree import Tree
 class Dense(LinearSolver):
     """Builds A from n products and solves in float64: Cholesky or, if singular, least squares.
 
-    A singular system is solved by the pseudo-inverse: singular values below ``n u σ_max`` count as
-    zero, u the machine epsilon of the operator's dtype. ``CONVERGED`` means that the x that is
-    returned leaves at most ``√u ‖b‖``, with the matrix as it came from the products. Otherwise b is
-    outside the range of A, or rounding hides that it is inside: ``BREAKDOWN``, with the
-    least-squares answer of least norm.
+    For a singular system it uses the pseudo-inverse: singular values below ``n u σ_max`` count as
+    zero, with u the machine epsilon of the operator's dtype. ``CONVERGED`` means that the returned
+    x has a residual of at most ``√u ‖b‖``, by the matrix of the products. Otherwise b is outside
+    the range of A, or rounding hides that it is inside: ``BREAKDOWN``, with the least-squares
+    answer of least norm.
 
     Args:
-        max_size: refuse systems with more unknowns than this; the matrix takes 8 n² bytes.
-
-    Raises:
-        TypeError, ValueError: ``max_size`` is not an integer ≥ 1; in ``solve``, n is larger.
+        max_size: the most unknowns; the matrix takes 8 n² bytes. ``solve`` raises ``ValueError``
+            for a larger n.
     """
-
-    needs_symmetric: ClassVar[bool] = False
 
     max_size: int = 20_000
 
@@ -52,7 +47,7 @@ class Dense(LinearSolver):
         matrix, b = operator.dense(), bl.to_flat(rhs)
         if not torch.isfinite(matrix).all():
             return Outcome(tr.zeros_like(rhs), Status.NON_FINITE, n, None)
-        # In units in which no square of an entry over- or underflows.
+        # In units where no square of an entry over- or underflows.
         peak = float(matrix.abs().max())
         if peak == 0.0:
             return Outcome(tr.zeros_like(rhs), Status.BREAKDOWN, n, 1.0)
@@ -60,7 +55,7 @@ class Dense(LinearSolver):
         u = tr.epsilon(operator.like)
         x, least = torch.zeros_like(b), math.inf
         for candidate in _candidates(matrix, b, n * u, operator.symmetric):
-            # Measured for the answer as the caller gets it, in the units and the dtype of b.
+            # Measured for the answer that the caller gets, in the units and the dtype of b.
             scaled = candidate / peak * rhs_scale
             returned = bl.to_flat(bl.from_flat(scaled, rhs)) / rhs_scale
             residual = float(torch.linalg.vector_norm(b - matrix @ (returned * peak)))
@@ -74,12 +69,12 @@ class Dense(LinearSolver):
     def solve_scaled_from(
         self, operator: LinearOperator, rhs: Tree, start: Tree, rhs_scale: float
     ) -> Outcome:
-        # Nothing is gained by a start.
+        # A direct solve gains nothing from a start.
         return self.solve_scaled(operator, rhs, rhs_scale)
 
 
 def _candidates(matrix: Tensor, b: Tensor, epsilon: float, symmetric: bool) -> Iterator[Tensor]:
-    """Answers to ``A x = b``, the cheapest first."""
+    """Yield answers to ``A x = b``, the cheapest first."""
     if symmetric:
         mean = (matrix + matrix.T) / 2
         x = _cholesky_solve(mean, b, epsilon)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,9 +14,9 @@ from hypergrad.linsolve.base import LinearSolver, Outcome, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-# A residual this many times that of x = 0 does not come back.
+# A residual this many times that of x = 0 does not become small again.
 _DIVERGED = 1e8
-# So many iterations without the best residual falling by a hundredth are no progress.
+# The iteration stagnates if the best residual falls by less than 1 % in so many iterations.
 _PATIENCE = 50
 
 
@@ -26,10 +25,10 @@ class FixedPoint(LinearSolver):
     """``x ← x + step (b − A x)`` with Anderson acceleration (Anderson 1965; Walker & Ni 2011).
 
     For ``A = I − M`` with a contraction M, such as the derivative of a fixed-point map, ``step=1``
-    is the iteration ``x ← M x + b`` itself. From the last ``memory`` differences of x and of the
-    residual the combination with the least residual is taken before each step; on a linear system
-    that is GMRES with a moving window (Walker & Ni 2011, Thm. 2.2). The residual is measured at
-    every iteration, by the one product that it costs.
+    is the iteration ``x ← M x + b`` itself. Before each step the method combines the last
+    ``memory`` differences of x and of the residual so that the residual is least. On a linear
+    system that is GMRES with a moving window (Walker & Ni 2011, Thm. 2.2). An iteration costs one
+    product, which also measures the residual.
 
     Args:
         rtol: relative tolerance.
@@ -39,9 +38,6 @@ class FixedPoint(LinearSolver):
         step: a number ≠ 0, in the units of 1 / A.
         record_residuals: whether the receipt keeps the residual norm of every iteration.
 
-    Raises:
-        TypeError, ValueError: an option is out of its range.
-
     Examples:
         >>> import torch, hypergrad as hg
         >>> M = torch.tensor([[0.5, 0.4], [-0.4, 0.5]])
@@ -49,8 +45,6 @@ class FixedPoint(LinearSolver):
         >>> torch.allclose(solution.x, M @ solution.x + 1.0, atol=1e-4)
         True
     """
-
-    needs_symmetric: ClassVar[bool] = False
 
     rtol: float = 1e-5
     atol: float = 0.0
@@ -71,7 +65,6 @@ class FixedPoint(LinearSolver):
 
     @property
     def gains_from_x0(self) -> bool:
-        """Yes: it stops at its tolerance."""
         return True
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
@@ -122,13 +115,13 @@ def _mixing(past: deque[tuple[Tree, Tree]], r: Tree) -> list[float]:
         *[tr.dot(columns[i], columns[j]) for i, j in pairs], *[tr.dot(dr, r) for dr in columns]
     )
     if not all(map(math.isfinite, values)):
-        return [0.0] * m  # the plain step, which shows how far this is out of range
+        return [0.0] * m  # the plain step, whose residual then shows that it diverges
     gram = torch.zeros(m, m, dtype=torch.float64)
     for (i, j), value in zip(pairs, values, strict=False):
         gram[i, j] = gram[j, i] = value
     scales = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     right = torch.tensor(values[len(pairs) :], dtype=torch.float64)
-    # Scaled to a unit diagonal, so that what is cut off is dependence and not size.
+    # Scaled to a unit diagonal: the pseudo-inverse is to drop dependent columns, not short ones.
     scaled = gram / scales / scales[:, None]
     weights = torch.linalg.pinv(scaled, rtol=m * tr.epsilon(r), hermitian=True) @ (right / scales)
     return (weights / scales).tolist()

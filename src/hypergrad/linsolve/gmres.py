@@ -5,40 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome, Status
+from hypergrad._checks import check_count
+from hypergrad.linsolve.base import Outcome, Status
 from hypergrad.linsolve.preconditioner import Preconditioner, check_preconditioner, observe, prepare
-from hypergrad.linsolve.refine import Cycle, refine
+from hypergrad.linsolve.refine import Cycle, RefinedSolver
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class GMRES(LinearSolver):
+class GMRES(RefinedSolver):
     """The x of least ``‖b − A x‖`` in the Krylov space, for any A (Saad & Schultz 1986).
 
-    Keeps all directions since the last restart, and orthogonalises each against them twice, so that
-    none is lost to rounding. Products with A alone, never with Aᵀ.
+    It keeps all directions since the last restart, and orthogonalises each new one against them
+    twice, because of rounding. It needs products with A alone, never with Aᵀ.
 
     Args:
         rtol: relative tolerance, for the measured residual.
         atol: absolute tolerance, in the units of b.
-        restart: how many iterations until the directions are let go; memory for so many vectors
-            (twice that with a preconditioner). Restarts lose speed, and may stagnate.
+        restart: after how many iterations it discards the directions. It keeps as many vectors,
+            twice as many with a preconditioner. Restarts lose speed, and may stagnate.
         maxiter: the most iterations in all; ``None`` is 10 n. Each costs one product.
-        preconditioner: a function ``r ↦ M r`` on trees, linear, with M near A⁻¹; applied from the
-            right, so that the residual stays that of the system. Any :class:`Preconditioner` does
-            for symmetric operators.
+        preconditioner: a linear function ``r ↦ M r`` on trees with M near A⁻¹; or for a symmetric
+            operator a :class:`Preconditioner`. GMRES applies it from the right, which leaves the
+            residual as it is.
         record_residuals: whether the receipt keeps the residual norm of every iteration.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -47,26 +43,13 @@ class GMRES(LinearSolver):
         tensor([-1.,  1.])
     """
 
-    needs_symmetric: ClassVar[bool] = False
-
-    rtol: float = 1e-5
-    atol: float = 0.0
     restart: int = 50
-    maxiter: int | None = None
     preconditioner: Preconditioner | Callable[[Tree], Tree] | None = None
-    record_residuals: bool = False
 
     def __post_init__(self) -> None:
-        check_number(self.rtol, "rtol", at_least=0.0)
-        check_number(self.atol, "atol", at_least=0.0)
+        super().__post_init__()
         check_count(self.restart, "restart")
-        check_count(self.maxiter, "maxiter", optional=True)
         check_preconditioner(self.preconditioner)
-
-    @property
-    def gains_from_x0(self) -> bool:
-        """Yes: it stops at its tolerance."""
-        return True
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         precondition = prepare(self.preconditioner, operator)
@@ -75,16 +58,8 @@ class GMRES(LinearSolver):
         def cycle(r: Tree, target: float, budget: int) -> Cycle:
             return _arnoldi(operator, r, target, min(restart, budget), precondition)
 
-        outcome = refine(
-            operator,
-            rhs,
-            tolerance=max(self.rtol, self.atol / rhs_scale),
-            maxiter=self.maxiter or 10 * tr.size(rhs),
-            cycle=cycle,
-            # A restart gains little where the Krylov space is cut short, but it gains.
-            gain=0.99,
-            record=self.record_residuals,
-        )
+        # A cycle that a restart cuts short gains little, but it gains.
+        outcome = self.refine(operator, rhs, rhs_scale, cycle, gain=0.99)
         observe(self.preconditioner, outcome.iterations)
         return outcome
 

@@ -1,9 +1,8 @@
-"""The Hessian taken for a multiple of the identity."""
+"""The solver that takes the Hessian for a multiple of the identity."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_number
@@ -14,20 +13,15 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Identity(LinearSolver):
-    """``A⁻¹ b ≈ scale · b``, for no product at all: the T1–T2 method (Luketina et al. 2016).
+    """``A⁻¹ b ≈ scale · b``, without any product: the T1–T2 method (Luketina et al. 2016).
 
     With ``scale`` the learning rate of the inner optimiser this is the hypergradient of its last
-    step, and what first-order DARTS and SAMA use.
+    step. First-order DARTS and SAMA use it.
 
     Args:
         scale: a number > 0 in the units of 1 / curvature.
         measure_residual: whether to spend one product to report the residual.
-
-    Raises:
-        TypeError, ValueError: ``scale`` is not a finite number > 0.
     """
-
-    needs_symmetric: ClassVar[bool] = False
 
     scale: float = 1.0
     measure_residual: bool = False

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_count, check_number
-from hypergrad.linsolve.base import LinearSolver, Outcome, Status, residual_norm
+from hypergrad.linsolve.base import Outcome, Status, residual_norm
 from hypergrad.linsolve.preconditioner import (
     Preconditioner,
     apply_preconditioner,
@@ -17,30 +16,25 @@ from hypergrad.linsolve.preconditioner import (
     observe,
     prepare,
 )
-from hypergrad.linsolve.refine import Cycle, refine
+from hypergrad.linsolve.refine import Cycle, RefinedSolver
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
-class MINRES(LinearSolver):
+class MINRES(RefinedSolver):
     """The x of least ``‖b − A x‖`` in the Krylov space, for symmetric A (Paige & Saunders 1975).
 
-    Unlike CG it does not mind negative curvature, as Hessians of networks have it. Whether the
-    answer is what is wanted there is another matter: the implicit function theorem holds at a
-    saddle point as well, but a saddle point is no minimum.
+    Unlike CG it also converges where A has negative curvature, as Hessians of networks do. The
+    implicit function theorem holds at a saddle point too, but a saddle point is no minimum.
 
     Args:
         rtol: relative tolerance, for the measured residual.
         atol: absolute tolerance, in the units of b.
         maxiter: the most iterations; ``None`` is 10 n. Each costs one product.
-        preconditioner: such as :class:`NystromPreconditioner`; or a function ``r ↦ M r`` on trees,
-            linear, symmetric and positive definite, with M near ``|A|⁻¹``.
+        preconditioner: as for :class:`CG`, with M near ``|A|⁻¹``.
         record_residuals: whether the receipt keeps the residual norm of every iteration; with a
             preconditioner, in its norm.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -51,36 +45,19 @@ class MINRES(LinearSolver):
 
     needs_symmetric: ClassVar[bool] = True
 
-    rtol: float = 1e-5
-    atol: float = 0.0
-    maxiter: int | None = None
     preconditioner: Preconditioner | Callable[[Tree], Tree] | None = None
-    record_residuals: bool = False
 
     def __post_init__(self) -> None:
-        check_number(self.rtol, "rtol", at_least=0.0)
-        check_number(self.atol, "atol", at_least=0.0)
-        check_count(self.maxiter, "maxiter", optional=True)
+        super().__post_init__()
         check_preconditioner(self.preconditioner)
-
-    @property
-    def gains_from_x0(self) -> bool:
-        """Yes: it stops at its tolerance."""
-        return True
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         precondition = prepare(self.preconditioner, operator)
-        outcome = refine(
-            operator,
-            rhs,
-            tolerance=max(self.rtol, self.atol / rhs_scale),
-            maxiter=self.maxiter or 10 * tr.size(rhs),
-            cycle=lambda r, target, budget: _minres(
-                operator, r, target, budget, precondition, self.preconditioner
-            ),
-            gain=0.5,
-            record=self.record_residuals,
-        )
+
+        def cycle(r: Tree, target: float, budget: int) -> Cycle:
+            return _minres(operator, r, target, budget, precondition, self.preconditioner)
+
+        outcome = self.refine(operator, rhs, rhs_scale, cycle, gain=0.5)
         observe(self.preconditioner, outcome.iterations)
         return outcome
 
@@ -107,7 +84,7 @@ def _minres(
     beta_old = delta_bar = epsilon_next = 0.0
     c, s, phi_bar = -1.0, 0.0, beta
     w_old = w = tr.zeros_like(rhs)
-    # With a preconditioner φ̄ is in another norm: the target follows what is measured.
+    # With a preconditioner φ̄ is in another norm, so the measured residual sets the target.
     goal = target * beta_first / norm
     a_norm = 0.0
     residuals: list[float] = []
@@ -133,7 +110,7 @@ def _minres(
         delta = c * delta_bar + s * alpha
         gamma_bar = s * delta_bar - c * alpha
         epsilon_next, delta_bar = s * beta, -c * beta
-        # ‖A r‖ = φ̄ · root: where it vanishes beside ‖A‖ ‖r‖, no x has a smaller residual.
+        # ‖A r‖ = φ̄ · root. Where it is zero compared with ‖A‖ ‖r‖, no x has a smaller residual.
         root = math.hypot(gamma_bar, delta_bar)
         gamma = math.hypot(gamma_bar, beta)
         if root <= 10 * epsilon * a_norm:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_count, check_number
@@ -13,10 +12,7 @@ from hypergrad.linsolve.spectrum import extreme_eigenvalues
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-# A step within (0, 2/λ_max) is all that is asked of the estimate.
-_LANCZOS_ITERATIONS = 15
-_LANCZOS_RTOL = 0.02
-# Growth of a term that rounding alone can explain.
+# Rounding alone can make a term grow by so much.
 _SLACK = 1e-3
 
 
@@ -38,17 +34,12 @@ class Neumann(LinearSolver):
             reach ``rtol``.
         record_residuals: whether the receipt keeps the norm of each term.
 
-    Raises:
-        TypeError, ValueError: an option is out of its range.
-
     Examples:
         >>> import torch, hypergrad as hg
         >>> A = hg.operators.Matrix(torch.diag(torch.tensor([1.0, 2.0])))
         >>> hg.Neumann(terms=100, step=0.5).solve(A, torch.tensor([1.0, 1.0])).x
         tensor([1.0000, 0.5000])
     """
-
-    needs_symmetric: ClassVar[bool] = False
 
     terms: int = 20
     step: float | None = None
@@ -64,16 +55,18 @@ class Neumann(LinearSolver):
 
     @property
     def gains_from_x0(self) -> bool:
-        """Where there is a tolerance."""
         return self.rtol > 0.0
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         step = self.step
         if step is None:
-            largest = _magnitude(operator)
+            largest = 1.0
+            if operator.symmetric:
+                # The estimate only has to put the step within (0, 2/λ_max).
+                largest = extreme_eigenvalues(operator, maxiter=15, rtol=0.02).magnitude
             if not math.isfinite(largest):
                 return Outcome(tr.zeros_like(rhs), Status.NON_FINITE, 0, None)
-            # A = 0 along every direction tried: any step will show the divergence.
+            # A is zero along every direction tried: any step will show the divergence.
             step = 1.0 / largest if largest > 0.0 else 1.0
 
         term = rhs
@@ -96,8 +89,8 @@ class Neumann(LinearSolver):
             if not math.isfinite(following_norm):
                 status = Status.NON_FINITE
                 break
-            # ‖M^k b‖ is log-convex in k for a symmetric M: once it grows, it grows for ever. For
-            # others growth may pass, and only a sum of no use at all is called divergent.
+            # ‖M^k b‖ is log-convex in k for a symmetric M: once it grows, it grows endlessly. For
+            # other M the growth may pass, so only a useless sum counts as divergent.
             reference = norm if operator.symmetric else first_norm / tr.epsilon(rhs)
             if following_norm > (1.0 + _SLACK) * reference:
                 status, x = Status.DIVERGED, x if best is None else best
@@ -111,17 +104,8 @@ class Neumann(LinearSolver):
             term, norm = following, following_norm
             history.append(norm)
 
-        if status is Status.CONVERGED or status.failed or self.measure_residual:
-            measured = residual_norm(operator, x, rhs)
-        else:
-            measured = None
+        asked = status is not Status.APPROXIMATE or self.measure_residual
+        measured = residual_norm(operator, x, rhs) if asked else None
         return Outcome(
             x, status, summed, measured, tuple(history) if self.record_residuals else None
         )
-
-
-def _magnitude(operator: LinearOperator) -> float:
-    """max|λ| of a symmetric operator; 1 for others."""
-    if not operator.symmetric:
-        return 1.0
-    return extreme_eigenvalues(operator, maxiter=_LANCZOS_ITERATIONS, rtol=_LANCZOS_RTOL).magnitude

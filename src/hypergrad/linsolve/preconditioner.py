@@ -1,4 +1,4 @@
-"""Preconditioners: maps ``M ≈ A⁻¹`` that a solver makes, applies and keeps while they help."""
+"""Preconditioners: maps ``M ≈ A⁻¹`` that a solver builds, applies and keeps while they help."""
 
 from __future__ import annotations
 
@@ -10,50 +10,42 @@ import optree
 import torch
 from torch import Tensor
 
+from hypergrad import _saving as sv
 from hypergrad import tree as tr
 from hypergrad._checks import check_choice, check_count, check_number, check_tree, given
-from hypergrad._saving import (
-    check_generator,
-    check_generator_state,
-    check_keys,
-    from_leaves,
-    generator_state,
-    set_generator_state,
-)
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
 Refresh: TypeAlias = Literal["auto", "always", "never"]
 
-# Iterations that a solve may take beyond the growth factor before its preconditioner is made anew:
-# from 2 iterations to 4 is noise.
+# So many iterations beyond the growth factor do not yet rebuild a map: 2 more are noise.
 _FEW = 3
 
 
 class Preconditioner(ABC):
-    """Makes a symmetric positive definite ``M ≈ A⁻¹`` for a solver, and keeps it between solves.
+    """Builds a symmetric positive definite ``M ≈ A⁻¹`` for a solver, and keeps it between solves.
 
-    The object holds the map; keep it (and the solver that holds it) across outer steps to reuse the
-    map, or make a new one to start afresh. A stale map costs iterations, never correctness.
+    Keep the object (and the solver that holds it) across outer steps to reuse its map. A stale map
+    costs iterations, never correctness.
 
-    A new one implements :meth:`build`. If its map is to be saved by :meth:`state_dict`, it also
-    implements :meth:`map_state` and :meth:`map_from_state`; if not, the first solve after
-    :meth:`load_state_dict` makes the map anew.
+    A new one implements :meth:`build`. It also implements :meth:`map_state` and
+    :meth:`map_from_state` if :meth:`state_dict` is to save its map; if not, the first solve after
+    :meth:`load_state_dict` rebuilds the map.
 
     Attributes:
         needs_symmetric: whether ``build`` takes symmetric operators only; solves with another end
             as ``NOT_SYMMETRIC``.
 
     Args:
-        generator: what ``build`` draws from, to be saved with the map; ``None`` is PyTorch's
-            default one, which is the caller's to save.
-        refresh: when a new solve makes the map anew. ``"always"``; ``"never"``; ``"auto"``: once
-            the iterations of a solve have grown past ``growth`` times those of the first solve with
-            it. A solve of a system of another structure always does.
+        generator: what ``build`` draws from, saved with the map. ``None`` is PyTorch's default
+            generator, which the caller saves.
+        refresh: when a solve rebuilds the map: ``"always"``, ``"never"``, or ``"auto"``, which is
+            after the iterations of a solve exceed ``growth`` times those of the first solve with
+            the map. A solve of a system of another structure always rebuilds it.
         growth: for ``"auto"``, ≥ 1.
 
     Raises:
-        TypeError, ValueError: an option is out of its range.
+        TypeError, ValueError: an option is of the wrong type or out of its range.
     """
 
     needs_symmetric: ClassVar[bool] = False
@@ -65,7 +57,7 @@ class Preconditioner(ABC):
         refresh: Refresh = "auto",
         growth: float = 1.5,
     ) -> None:
-        check_generator(generator)
+        sv.check_generator(generator)
         check_choice(refresh, "refresh", get_args(Refresh))
         check_number(growth, "growth", at_least=1.0)
         self._generator = generator
@@ -77,10 +69,10 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def build(self, operator: LinearOperator) -> Callable[[Tree], Tree]:
-        """The map ``r ↦ M r`` for ``operator``: linear, symmetric, positive definite."""
+        """Return the map ``r ↦ M r`` for ``operator``: linear, symmetric, positive definite."""
 
     def prepare(self, operator: LinearOperator) -> Callable[[Tree], Tree]:
-        """The kept map, or a new one where it is time for it."""
+        """Return the kept map, or a new one where it is time for it."""
         space = _space(operator.like)
         if self._map is None or self._refresh == "always" or space != self._space:
             self._map = self.build(operator)
@@ -89,7 +81,7 @@ class Preconditioner(ABC):
         return self._map
 
     def observe(self, iterations: int) -> None:
-        """Hear how many iterations a solve with the map took."""
+        """Take note of how many iterations a solve with the map took."""
         if self._first_iterations is None:
             self._first_iterations = iterations
         elif self._refresh == "auto" and (
@@ -100,47 +92,47 @@ class Preconditioner(ABC):
     def state_dict(self) -> dict[str, Any]:
         """The map, its record and the generator's state, for :meth:`load_state_dict`.
 
-        Dicts, lists, numbers and tensors alone. A map that the next solve would make anew is left
-        out.
+        It holds dicts, lists, numbers and tensors only, and no map that the next solve would
+        rebuild.
         """
         kept = self._map is not None and self._refresh != "always"
         return {
             "first_iterations": self._first_iterations,
             "map": self.map_state() if kept else None,
-            "generator": generator_state(self._generator),
+            "generator": sv.generator_state(self._generator),
         }
 
     def load_state_dict(self, state: dict[str, Any], like: Tree) -> None:
-        """Go on as the preconditioner did that ``state`` is of.
+        """Continue from the preconditioner whose state this is.
 
         Args:
             state: what :meth:`state_dict` returned.
-            like: the parameters of the systems to come: their structure, shapes, dtypes and devices
+            like: the parameters of the systems to come. Their structure, shapes, dtypes and devices
                 count, not their values. The map's tensors are moved to these devices.
 
         Raises:
             TypeError, ValueError: ``state`` does not fit ``like`` or a preconditioner of this kind;
-                nothing is changed then.
+                then nothing is changed.
         """
         check_tree(like, "like")
-        check_keys(state, ("first_iterations", "map", "generator"), "state")
-        check_generator_state(self._generator, state["generator"], "state['generator']")
+        sv.check_keys(state, ("first_iterations", "map", "generator"), "state")
+        sv.check_generator_state(self._generator, state["generator"], "state['generator']")
         saved = state["map"]
         restored = None if saved is None else self.map_from_state(saved, tr.detach(like))
-        set_generator_state(self._generator, state["generator"])
+        sv.set_generator_state(self._generator, state["generator"])
         self._map = restored
         self._space = None if restored is None else _space(like)
         self._first_iterations = state["first_iterations"]
 
     def map_state(self) -> dict[str, Any] | None:
-        """What makes up the map that ``build`` made last; ``None`` if it cannot be saved."""
+        """The parts of the map that ``build`` made last; ``None`` if it cannot be saved."""
         return None
 
     def map_from_state(self, state: dict[str, Any], like: Tree) -> Callable[[Tree], Tree]:
-        """The map that :meth:`map_state` told of, for vectors like ``like``.
+        """Return the map that :meth:`map_state` described, for vectors like ``like``.
 
         Raises:
-            ValueError: ``state`` is of another kind or for other vectors; nothing is changed then.
+            ValueError: ``state`` is of another kind or for other vectors; then nothing is changed.
         """
         raise ValueError(
             f"state['map'] must be None for {type(self).__name__}, which saves no map, got "
@@ -154,19 +146,17 @@ class JacobiPreconditioner(Preconditioner):
         diag(A) ≈ mean_s z_s ⊙ A z_s,   z_s ∈ {−1, 1}ⁿ
 
     The noise falls as ``1/√samples`` (Bekas, Kokiopoulou & Saad 2007). Each entry is shrunk towards
-    the mean of all by as much of its distance to it as noise explains, taken by magnitude, and kept
-    above a thousandth of the mean. Good where parameters differ in scale and are coupled weakly. On
-    the problems of ``make bench``, where they are coupled strongly, even the exact diagonal makes
-    CG slower: prefer :class:`NystromPreconditioner` there.
+    the mean of all entries by the share of their distance that noise explains. Its magnitude is
+    kept above a thousandth of the mean. M helps where parameters differ in scale and are coupled
+    weakly. On the problems of ``make bench``, which are coupled strongly, even the exact diagonal
+    makes CG slower: prefer :class:`NystromPreconditioner` there.
 
     Args:
         samples: how many products to spend.
-        generator: for the signs; ``None`` is PyTorch's default one.
-        refresh: see :class:`Preconditioner`.
-        growth: see :class:`Preconditioner`.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
+        generator: for the signs; it, ``refresh`` and ``growth`` are those of
+            :class:`Preconditioner`.
+        refresh: when to rebuild the map.
+        growth: for ``refresh="auto"``.
     """
 
     def __init__(
@@ -208,12 +198,12 @@ class JacobiPreconditioner(Preconditioner):
         return {"diagonal": None if self._diagonal is None else tr.leaves(self._diagonal)}
 
     def map_from_state(self, state: dict[str, Any], like: Tree) -> Callable[[Tree], Tree]:
-        check_keys(state, ("diagonal",), "state['map']")
+        sv.check_keys(state, ("diagonal",), "state['map']")
         if state["diagonal"] is None:
             return self._divide_by(None)
         wide = tr.at_least_float32(like)
         return self._divide_by(
-            from_leaves(state["diagonal"], wide, "state['map']['diagonal']", "like")
+            sv.from_leaves(state["diagonal"], wide, "state['map']['diagonal']", "like")
         )
 
     def _divide_by(self, diagonal: Tree | None) -> Callable[[Tree], Tree]:
@@ -231,14 +221,14 @@ def _space(like: Tree) -> Any:
 def prepare(
     preconditioner: Preconditioner | Callable[[Tree], Tree] | None, operator: LinearOperator
 ) -> Callable[[Tree], Tree] | None:
-    """The map to apply: made or kept by a :class:`Preconditioner`, or given as a function."""
+    """Return the map to apply: that of a :class:`Preconditioner`, or a function as it is."""
     if isinstance(preconditioner, Preconditioner):
         return preconditioner.prepare(operator)
     return preconditioner
 
 
 def observe(preconditioner: object, iterations: int) -> None:
-    """Tell a :class:`Preconditioner` how the solve went."""
+    """Tell a :class:`Preconditioner` how many iterations the solve took."""
     if isinstance(preconditioner, Preconditioner):
         preconditioner.observe(iterations)
 
@@ -257,17 +247,11 @@ def check_preconditioner(preconditioner: object) -> None:
 def apply_preconditioner(
     precondition: Callable[[Tree], Tree] | None, r: Tree, norm: float, *, option: object
 ) -> tuple[Tree, float]:
-    """``z = M r`` and ``⟨r, z⟩``, for a residual of the given norm.
+    """Return ``z = M r`` and ``⟨r, z⟩`` for a residual of the given norm.
 
-    Args:
-        precondition: M.
-        r: the residual.
-        norm: its norm.
-        option: the solver's. Where a :class:`Preconditioner` made M, ``⟨r, z⟩`` is not
-            positive only for rounding, over- and underflow, which the solver reports.
-
-    Raises:
-        ValueError: ``⟨r, M r⟩`` is not positive for a function of the caller's.
+    ``option`` is the solver's. Where a :class:`Preconditioner` made M, only rounding, over- and
+    underflow make ``⟨r, z⟩`` not positive, and the solver reports it. For a function of the
+    caller's it raises ``ValueError``.
     """
     if precondition is None:
         return r, norm * norm

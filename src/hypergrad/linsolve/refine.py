@@ -1,4 +1,4 @@
-"""Iterative refinement: what a method believes is measured, and the rest is solved for again."""
+"""Iterative refinement: solve, measure the residual, and solve again for what is left of it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypergrad import tree as tr
-from hypergrad.linsolve.base import Outcome, Status
+from hypergrad._checks import check_count, check_number
+from hypergrad.linsolve.base import LinearSolver, Outcome, Status
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """What one run of a method found.
+    """The result of one run of a method.
 
     Attributes:
-        correction: finite.
-        iterations: how many it took.
-        status: how it ended if it cannot go on, ``None`` if it believes to be done or ran out of
-            its iterations.
-        residuals: the norms it believed after each iteration.
+        correction: the answer, always finite.
+        iterations: how many the run took.
+        status: why the method cannot go on; ``None`` if it met its target or used its budget.
+        residuals: the norms that its recurrence gave after each iteration.
     """
 
     correction: Tree
@@ -30,60 +30,84 @@ class Cycle:
     residuals: list[float]
 
 
-def refine(
-    operator: LinearOperator,
-    rhs: Tree,
-    *,
-    tolerance: float,
-    maxiter: int,
-    cycle: Callable[[Tree, float, int], Cycle],
-    gain: float,
-    record: bool,
-) -> Outcome:
-    """Run ``cycle(residual, target, budget)`` on the measured residual until it meets a tolerance.
+@dataclass(frozen=True)
+class RefinedSolver(LinearSolver):
+    """A solver that measures its residual, and starts again where its recurrence was too sure.
 
     In exact arithmetic one cycle of a method without restarts is enough. In floating point its
-    recurrence may claim more than is true; then it starts again from the true residual.
+    recurrence may claim a smaller residual than the true one.
 
     Args:
-        operator: A.
-        rhs: b.
-        tolerance: for ``‖b − A x‖``.
-        maxiter: the most iterations of all cycles together.
-        cycle: one run of the method from zero, until its residual is at most ``target``.
-        gain: a cycle that does not bring the residual below this many times what it was shows that
-            rounding, or the restart, is in the way: ``STAGNATED``.
-        record: whether to keep the residual norms.
+        rtol: relative tolerance, for the measured residual.
+        atol: absolute tolerance, in the units of b.
+        maxiter: the most iterations; ``None`` is 10 n.
+        record_residuals: whether the receipt keeps the residual norm of every iteration.
     """
-    x, r = tr.zeros_like(rhs), rhs
-    norm = tr.norm(rhs)
-    history = [norm]
-    iterations = 0
-    while norm > tolerance:
-        if iterations >= maxiter:
-            return _outcome(x, Status.MAX_ITERATIONS, iterations, norm, history, record)
-        # A restart that aimed at the tolerance itself would stop just short of it once more.
-        target = tolerance if iterations == 0 else 0.5 * tolerance
-        run = cycle(r, target, maxiter - iterations)
-        iterations += run.iterations
-        history.extend(run.residuals)
-        candidate = tr.add(x, run.correction)
-        residual = tr.subtract(rhs, operator.matvec(candidate))
-        previous, measured = norm, tr.norm(residual)
-        if not math.isfinite(measured):
-            return _outcome(x, Status.NON_FINITE, iterations, norm, history, record)
-        if measured < norm:
-            x, r, norm = candidate, residual, measured
-        if norm <= tolerance:
-            break
-        if run.status is not None:
-            return _outcome(x, run.status, iterations, norm, history, record)
-        if measured > gain * previous and iterations < maxiter:
-            return _outcome(x, Status.STAGNATED, iterations, norm, history, record)
-    return _outcome(x, Status.CONVERGED, iterations, norm, history, record)
 
+    rtol: float = 1e-5
+    atol: float = 0.0
+    maxiter: int | None = None
+    record_residuals: bool = False
 
-def _outcome(
-    x: Tree, status: Status, iterations: int, norm: float, history: list[float], record: bool
-) -> Outcome:
-    return Outcome(x, status, iterations, norm, tuple(history) if record else None)
+    def __post_init__(self) -> None:
+        check_number(self.rtol, "rtol", at_least=0.0)
+        check_number(self.atol, "atol", at_least=0.0)
+        check_count(self.maxiter, "maxiter", optional=True)
+
+    @property
+    def gains_from_x0(self) -> bool:
+        return True
+
+    def refine(
+        self,
+        operator: LinearOperator,
+        rhs: Tree,
+        rhs_scale: float,
+        cycle: Callable[[Tree, float, int], Cycle],
+        *,
+        gain: float,
+    ) -> Outcome:
+        """Run ``cycle(residual, target, budget)`` on the measured residual until it is small.
+
+        Args:
+            operator: A.
+            rhs: b, scaled.
+            rhs_scale: the norm of b before.
+            cycle: one run of the method from zero, until its residual is at most ``target``.
+            gain: a cycle that leaves more than this share of the residual is stopped by rounding or
+                by its restart: ``STAGNATED``.
+        """
+        tolerance = max(self.rtol, self.atol / rhs_scale)
+        maxiter = self.maxiter or 10 * tr.size(rhs)
+        x, r = tr.zeros_like(rhs), rhs
+        norm = tr.norm(rhs)
+        history = [norm]
+        iterations = 0
+        status = Status.CONVERGED
+        while norm > tolerance:
+            if iterations >= maxiter:
+                status = Status.MAX_ITERATIONS
+                break
+            # A restart that aims at the tolerance itself would again stop just short of it.
+            target = tolerance if iterations == 0 else 0.5 * tolerance
+            run = cycle(r, target, maxiter - iterations)
+            iterations += run.iterations
+            history.extend(run.residuals)
+            candidate = tr.add(x, run.correction)
+            residual = tr.subtract(rhs, operator.matvec(candidate))
+            previous, measured = norm, tr.norm(residual)
+            if not math.isfinite(measured):
+                status = Status.NON_FINITE
+                break
+            if measured < norm:
+                x, r, norm = candidate, residual, measured
+            if norm <= tolerance:
+                break
+            if run.status is not None:
+                status = run.status
+                break
+            if measured > gain * previous and iterations < maxiter:
+                status = Status.STAGNATED
+                break
+        recorded = tuple(history) if self.record_residuals else None
+        return Outcome(x, status, iterations, norm, recorded)

@@ -23,11 +23,11 @@ class Extremes:
     """Estimates of the two ends of a spectrum.
 
     Attributes:
-        smallest: a Ritz value, never below the smallest eigenvalue (but for rounding).
-        largest: likewise, never above the largest.
+        smallest: a Ritz value; except for rounding it is never below the smallest eigenvalue.
+        largest: a Ritz value; except for rounding it is never above the largest eigenvalue.
         smallest_error: an eigenvalue lies within this distance of ``smallest``.
         largest_error: an eigenvalue lies within this distance of ``largest``.
-        matvecs: how many products it took.
+        matvecs: how many products the estimate took.
     """
 
     smallest: float
@@ -38,7 +38,7 @@ class Extremes:
 
     @property
     def magnitude(self) -> float:
-        """``max |λ|``, as far as seen."""
+        """``max |λ|`` of the two ends."""
         return max(abs(self.smallest), abs(self.largest))
 
 
@@ -49,9 +49,9 @@ def extreme_eigenvalues(
     rtol: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> Extremes:
-    """The smallest and the largest eigenvalue of a symmetric operator.
+    """Estimate the smallest and the largest eigenvalue of a symmetric operator.
 
-    The three-term recurrence keeps two vectors; without reorthogonalisation eigenvalues that have
+    The three-term recurrence keeps two vectors. Without reorthogonalisation, eigenvalues that have
     converged may show up again, which does not move the ends.
 
     Args:
@@ -129,9 +129,10 @@ class Tridiagonal:
     off: Sequence[float]
 
     def ends(self) -> tuple[float, float]:
-        """The smallest and the largest Ritz value: both lie within the spectrum of A.
+        """The smallest and the largest Ritz value; both lie within the spectrum of A.
 
-        By bisection on the number of negative pivots of ``T − μI`` (Sturm; Golub & Van Loan, §8.4).
+        Found by bisection on the number of negative pivots of ``T − μI`` (Sturm; Golub & Van Loan,
+        §8.4).
         """
         padded = (0.0, *self.off, 0.0)
         radii = [abs(a) + abs(b) for a, b in itertools.pairwise(padded)]
@@ -150,7 +151,7 @@ class Tridiagonal:
         return 0.5 * (low + high)
 
     def _below(self, mu: float) -> int:
-        """How many eigenvalues are below μ."""
+        """The number of eigenvalues below μ."""
         count, pivot = 0, 1.0
         for a, b in zip(self.diagonal, (0.0, *self.off), strict=True):
             pivot = a - mu - b * b / pivot

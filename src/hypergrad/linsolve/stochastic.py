@@ -1,4 +1,4 @@
-"""Solvers whose operator is another mini-batch at each product."""
+"""Solvers whose operator uses another mini-batch for each product."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypergrad.linsolve.base import LinearSolver, Outcome, Status, residual_norm
 from hypergrad.operators.base import LinearOperator
 from hypergrad.tree import Tree
 
-# Products for the estimate of the step where none is given.
+# The products for an estimate of the step.
 _STEP_PRODUCTS = 10
-# An answer this many times b is none.
+# An answer this many times as long as b has diverged.
 _DIVERGED = 1e8
-# Growth of a term that rounding alone can explain.
+# Rounding alone can make a term grow by so much.
 _SLACK = 1e-3
 
 
@@ -26,20 +26,16 @@ _SLACK = 1e-3
 class StochasticNeumann(LinearSolver):
     """``step Σ_{k<terms} Π_{j≤k} (I − step A_j) b``, each A_j fresh (stocBiO, Ji et al. 2021).
 
-    Unbiased for the Neumann series of the mean of the A_j if they are independent; made for
-    :class:`hypergrad.Sampled` objectives, and plain :class:`Neumann` without its checks on others.
+    For independent A_j it is an unbiased estimate of the Neumann series of their mean. Use it with
+    :class:`hypergrad.Sampled` objectives; with others it is :class:`Neumann` without its checks.
 
     Args:
-        terms: how many terms; costs ``terms − 1`` products.
-        step: a number in (0, 2/λ_max) of every batch. ``None`` takes 1 by the longest of 10
-            products with unit vectors, a power iteration over changing batches.
-        measure_residual: whether to spend one product to report the residual; a noisy figure.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
+        terms: how many terms; they cost ``terms − 1`` products.
+        step: a number in (0, 2/λ_max) for every batch. ``None`` takes 1 by the longest of 10
+            products with unit vectors: a power iteration over changing batches.
+        measure_residual: whether to spend one product to report the residual, a noisy figure.
     """
 
-    needs_symmetric: ClassVar[bool] = False
     needs_fresh_batches: ClassVar[bool] = True
 
     terms: int = 20
@@ -60,7 +56,7 @@ class StochasticNeumann(LinearSolver):
             norm = tr.norm(term)
             if not math.isfinite(norm):
                 return Outcome(x, Status.NON_FINITE, k, None)
-            # No batch of a convex problem makes a term longer, if the step is right.
+            # With a right step no batch of a convex problem makes a term longer.
             if norm > (_DIVERGED if not operator.symmetric else 1.0 + _SLACK) * first_norm:
                 return Outcome(x, Status.DIVERGED, k, residual_norm(operator, x, rhs))
             tr.add_(x, term, step)
@@ -69,22 +65,18 @@ class StochasticNeumann(LinearSolver):
 
 @dataclass(frozen=True)
 class SGDSolve(LinearSolver):
-    """``x ← x − step (A_j x − b)`` with a fresh A_j each (AmIGO, Arbel & Mairal 2022).
+    """``x ← x − step (A_j x − b)`` with a fresh A_j per step (AmIGO, Arbel & Mairal 2022).
 
     Stochastic gradient descent on ``½ xᵀAx − bᵀx`` for a symmetric positive definite mean A. With a
-    constant step the iterates settle within a noise of order ``√step``; the mean of the last half
-    of them has far less of it (Polyak & Juditsky 1992). Meant to be warm-started: ``x0=`` of the
-    last outer step.
+    constant step the iterates settle within a noise of order ``√step``; the mean of their last half
+    has far less noise (Polyak & Juditsky 1992). Start it warm, by ``x0=`` the last solution.
 
     Args:
         steps: how many; each costs one product.
-        step: a number in (0, 2/λ_max) of every batch; ``None`` is estimated, as for
-            :class:`StochasticNeumann`.
+        step: a number in (0, 2/λ_max) for every batch; ``None`` estimates it as
+            :class:`StochasticNeumann` does.
         average: whether to return the mean of the last half of the iterates, or the last one.
-        measure_residual: whether to spend one product to report the residual; a noisy figure.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
+        measure_residual: whether to spend one product to report the residual, a noisy figure.
     """
 
     needs_symmetric: ClassVar[bool] = True
@@ -102,7 +94,6 @@ class SGDSolve(LinearSolver):
 
     @property
     def gains_from_x0(self) -> bool:
-        """Yes: it goes on where the last solve ended."""
         return True
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
@@ -113,13 +104,13 @@ class SGDSolve(LinearSolver):
     def solve_scaled_from(
         self, operator: LinearOperator, rhs: Tree, start: Tree, rhs_scale: float
     ) -> Outcome:
-        # Not by a correction: the noise of its one product with the start would never average out.
+        # Not by a correction: the noise of its one product with the start would not average out.
         step = self.step or _estimated_step(operator)
         first = tr.add(tr.add(start, rhs, step), operator.matvec(start), -step)
         return self._descend(operator, rhs, first, step)
 
     def _descend(self, operator: LinearOperator, rhs: Tree, x: Tree, step: float) -> Outcome:
-        """The steps after the first one, which led to ``x``."""
+        """Make the steps after the first one, which led to ``x``."""
         total, count = tr.zeros_like(rhs), 0
         for k in range(1, self.steps + 1):
             if not self.average or k > self.steps // 2:

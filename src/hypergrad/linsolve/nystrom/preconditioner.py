@@ -22,26 +22,24 @@ from hypergrad.tree import Tree
 class NystromPreconditioner(Preconditioner):
     """``M = τ U |Λ|⁻¹ Uᵀ + (I − U Uᵀ)`` from a Nyström sketch (Frangella, Tropp & Udell 2023).
 
-    It brings the k largest eigenvalues of A down to the smallest of them, τ: the iterations of CG
-    and MINRES are then those for a condition number of about ``λ_k / λ_min``. Worth its k products
-    where the spectrum decays fast or the sketch is kept for many solves.
+    It brings the k largest eigenvalues of A down to the smallest of them, τ. The iterations of CG
+    and MINRES are then those for a condition number of about ``λ_k / λ_min``. It is worth its k
+    products where the spectrum decays fast or many solves use the sketch.
 
     Args:
-        rank: k; at most n is used. ``"auto"`` doubles it from 8 until the smallest eigenvalue of
-            the sketch is at most ``tolerance`` of the largest, or 10 times the operator's known
-            lower bound (such as its damping), or ``max_rank`` is reached.
+        rank: k; at most n is used. ``"auto"`` doubles it from 8 until ``max_rank`` or until the
+            smallest eigenvalue of the sketch is small enough: at most ``tolerance`` of the largest,
+            or 10 times the operator's known lower bound (such as its damping).
         test: ``"gaussian"``, ``"orthonormal"`` or ``"coordinates"``, see :class:`Nystrom`.
         tolerance: for ``rank="auto"``.
         max_rank: for ``rank="auto"``.
-        chunk_size: how many vectors are in memory at once, see :class:`Nystrom`. ``None``: all k.
-            In chunks each use costs two products with the operator that the sketch was made of, so
-            that it is made anew for every solve.
-        generator: for the test matrix; ``None`` is PyTorch's default one.
-        refresh: see :class:`Preconditioner`.
-        growth: see :class:`Preconditioner`.
-
-    Raises:
-        TypeError, ValueError: an option is out of its range.
+        chunk_size: how many vectors are in memory at once, see :class:`Nystrom`; ``None`` keeps all
+            k. In chunks each use costs two products with the operator of the sketch, so every solve
+            rebuilds the sketch.
+        generator: for the test matrix; it, ``refresh`` and ``growth`` are those of
+            :class:`Preconditioner`.
+        refresh: when to rebuild the sketch.
+        growth: for ``refresh="auto"``.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -68,11 +66,9 @@ class NystromPreconditioner(Preconditioner):
     ) -> None:
         if chunk_size is not None and refresh == "never":
             raise ValueError("refresh must not be 'never' with a chunk_size: nothing is stored")
-        # In chunks the map would hold on to the operator, and to the graph, of an earlier solve.
+        # In chunks the map would keep the operator, and so the graph, of an earlier solve.
         super().__init__(
-            generator=generator,
-            refresh=refresh if chunk_size is None else "always",
-            growth=growth,
+            generator=generator, refresh=refresh if chunk_size is None else "always", growth=growth
         )
         check_sketch_options(rank, test, max_rank, chunk_size, generator)
         check_number(tolerance, "tolerance", above=0.0)
@@ -126,7 +122,7 @@ class NystromPreconditioner(Preconditioner):
     def _use(self, made: Sketch) -> Callable[[Tree], Tree]:
         self._sketch = made
         if not torch.isfinite(made.inverse_eigenvalues).all():
-            # The solve meets the same products, and reports them.
+            # The solve multiplies by the same operator, and reports what is not finite.
             return lambda vector: vector
         return made.precondition
 

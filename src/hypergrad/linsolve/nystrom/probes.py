@@ -15,7 +15,7 @@ from hypergrad.tree import Tree
 
 
 class Probes(ABC):
-    """k vectors ω_j with the structure of a given one."""
+    """The k vectors ω_j of a test matrix, each with the structure of a given one."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -69,11 +69,11 @@ class Coordinates(Probes):
 
 @dataclass(frozen=True)
 class Gaussian(Probes):
-    """Standard normal vectors, drawn anew from their seeds whenever they are used.
+    """Standard normal vectors, drawn from their seeds at each use and never kept.
 
     Attributes:
         like: a vector of the space.
-        seeds: one a vector.
+        seeds: one per vector.
     """
 
     like: Tree
@@ -105,11 +105,7 @@ class Gaussian(Probes):
 
 @dataclass(frozen=True)
 class Orthonormal(Probes):
-    """Orthonormal vectors, kept in memory.
-
-    Attributes:
-        block: the vectors.
-    """
+    """Orthonormal vectors, kept in memory as one block."""
 
     block: Tree
 
@@ -132,7 +128,7 @@ class Orthonormal(Probes):
 def draw_coordinates(
     like: Tree, k: int, generator: torch.Generator | None, *, shuffled: bool
 ) -> Coordinates:
-    """A uniformly random k-subset of the coordinates, by Floyd's method: no array of size n."""
+    """Draw a uniformly random k-subset of the coordinates by Floyd's method: no array of size n."""
     n = tr.size(like)
     last = torch.arange(n - k, n)
     device = "cpu" if generator is None else generator.device
@@ -149,13 +145,13 @@ def draw_coordinates(
 
 
 def draw_gaussian(like: Tree, k: int, generator: torch.Generator | None) -> Gaussian:
-    """``k`` independent standard normal vectors."""
+    """Draw ``k`` independent standard normal vectors."""
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**62, (k,), generator=generator, device=device)
     return Gaussian(tr.detach(like), tuple(seeds.tolist()))
 
 
 def draw_orthonormal(like: Tree, k: int, generator: torch.Generator | None) -> Orthonormal:
-    """An orthonormal basis of the span of k independent standard normal vectors."""
+    """Draw an orthonormal basis of the span of k independent standard normal vectors."""
     (gaussian,) = draw_gaussian(like, k, generator).blocks(k)
     return Orthonormal(bl.orthonormal(gaussian, 0.0)[0])

@@ -1,16 +1,16 @@
 """The Nyström approximation ``H_k = C W⁺ Cᵀ ≈ U Λ Uᵀ`` from products with a symmetric operator.
 
-``C = H Ω`` for a test matrix Ω of k vectors and ``W = Ωᵀ C``. The approximation depends on the
-range of Ω alone, so that an orthonormal Ω gives the same one. With the thin singular value
-decomposition ``C = Q Σ Yᵀ``,
+``C = H Ω`` for a test matrix Ω of k vectors and ``W = Ωᵀ C``. The approximation depends only on
+the range of Ω, so an orthonormal Ω gives the same one. With the thin singular value decomposition
+``C = Q Σ Yᵀ``,
 
     S = Σ⁻¹ Yᵀ W Y Σ⁻¹ = V diag(s) Vᵀ,   U = Q V,   Λ = diag(1/s)
 
-and by Woodbury ``(H_k + ρI)⁻¹ b = U diag(s / (1 + ρs)) Uᵀ b + (b − U Uᵀ b) / ρ``. In this form W is
-never inverted and nothing of size 1/ρ cancels against its like, unlike in the textbook one,
-``b/ρ − C (W + CᵀC/ρ)⁻¹ Cᵀ b / ρ²``, which is the same number in exact arithmetic. The shift that
-Frangella, Tropp & Udell 2023 (Alg. 2.1) add to make W's Cholesky factor exist has nothing to do
-here: directions of C below its rounding are left out instead.
+and by Woodbury ``(H_k + ρI)⁻¹ b = U diag(s / (1 + ρs)) Uᵀ b + (b − U Uᵀ b) / ρ``. This form never
+inverts W, and no terms of size 1/ρ cancel. They do in the textbook form, which is equal in exact
+arithmetic: ``b/ρ − C (W + CᵀC/ρ)⁻¹ Cᵀ b / ρ²``. Frangella, Tropp & Udell 2023 (Alg. 2.1) add a
+shift so that W has a Cholesky factor. Here no shift is needed: directions of C below its rounding
+are left out.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class StoredBasis(Basis):
 
 @dataclass(frozen=True)
 class ImplicitBasis(Basis):
-    """U kept as a test matrix and a k × r matrix: ``C c = H (Ω c)`` and ``Cᵀ v = Ωᵀ (H v)``.
+    """U as a test matrix and a k × r matrix: ``C c = H (Ω c)`` and ``Cᵀ v = Ωᵀ (H v)``.
 
-    One product with H each, and memory for no vector at all.
+    Each costs one product with H; no vector is kept.
     """
 
     operator: LinearOperator
@@ -101,8 +101,8 @@ class Sketch:
         coefficients = self.basis.project(vector)
         inside = self.basis.expand(coefficients * s / (1.0 + rho * s))
         outside = tr.subtract(vector, self.basis.expand(coefficients))
-        # What a projection leaves in the span, for lack of digits, would be divided by ρ: project
-        # again while that still takes away most of it (Parlett 1998, §6.9).
+        # Rounding leaves a part in the span, which would be divided by ρ. So project again while
+        # that removes most of it (Parlett 1998, §6.9).
         negligible = tr.epsilon(vector) * rho * tr.norm(inside)
         before, after = tr.norm(vector), tr.norm(outside)
         for _ in range(_MAX_PROJECTIONS):
@@ -115,8 +115,8 @@ class Sketch:
     def precondition(self, vector: Tree) -> Tree:
         """``τ U |Λ|⁻¹ Uᵀ v + (v − U Uᵀ v)``, τ = min|Λ|: symmetric positive definite.
 
-        The top of the spectrum is brought down to τ, what the sketch does not know stays
-        (Frangella, Tropp & Udell 2023, Eq. 1.3). |Λ| keeps it definite where H is not.
+        It brings the top of the spectrum down to τ and leaves the rest (Frangella, Tropp & Udell
+        2023, Eq. 1.3). |Λ| keeps it definite where H is not.
         """
         s = self.inverse_eigenvalues.abs()
         if len(s) == 0:
@@ -131,15 +131,15 @@ def sketch(
     chunk_size: int | None,
     enough: Callable[[Tensor], bool] | None,
 ) -> Sketch:
-    """The Nyström approximation of ``operator`` for the vectors of ``test``.
+    """Return the Nyström approximation of ``operator`` for the vectors of ``test``.
 
     Args:
         operator: H, symmetric.
         test: Ω.
-        chunk_size: ``None`` keeps all columns, for k products. Else at most so many vectors of a
-            kind are in memory, for 2 k products, and one more at each use of the basis.
-        enough: given the eigenvalues so far, whether the rank may stay as it is; it is doubled from
-            8 until then, or until Ω is used up. ``None``: all of Ω.
+        chunk_size: ``None`` keeps all columns, for k products. Else it bounds the vectors in
+            memory, for 2 k products, and one more at each use of the basis.
+        enough: takes the eigenvalues so far and returns whether the rank suffices. Until then the
+            rank is doubled from 8, up to all of Ω. ``None`` takes all of Ω at once.
     """
     make = _Stored(operator) if chunk_size is None else _Implicit(operator, chunk_size)
     rank = len(test) if enough is None else min(_FIRST_RANK, len(test))
@@ -154,7 +154,7 @@ def sketch(
 
 
 class _Stored:
-    """C in memory."""
+    """C as one block in memory."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self._operator = operator
@@ -172,13 +172,11 @@ class _Stored:
         self.gram = bl.gram(self._columns, self._columns)
 
     def basis(self, test: Probes, transform: Tensor) -> Basis:
-        # A bare list of leaves, itself a tree, so that each can be let go as soon as it is
-        # replaced.
+        # A bare list of leaves, itself a tree: each leaf is freed as soon as it is replaced.
         leaves = [*tr.leaves(self._columns)]
         self._columns = None
         _recombine(leaves, transform.T)
-        # The Gram matrix squares the condition number; one more pass makes U orthonormal to
-        # rounding.
+        # The Gram matrix squares the condition number. A second pass makes U orthonormal.
         again = bl.gram(leaves, leaves)
         if torch.isfinite(again).all():
             _recombine(leaves, _inverse_root(again))
@@ -186,7 +184,7 @@ class _Stored:
 
 
 class _Implicit:
-    """C by products: ``CᵀC = Ωᵀ (H C)`` by symmetry, so that a chunk needs one product more."""
+    """C by products: ``CᵀC = Ωᵀ (H C)`` by symmetry, so a chunk needs one product more."""
 
     def __init__(self, operator: LinearOperator, chunk_size: int) -> None:
         self._operator = operator
@@ -228,12 +226,12 @@ def _factor(core: Tensor, gram: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     """``T = Y Σ⁻¹ V``, shape ``(k, r)``, and s, shape ``(r,)``; null directions of C left out."""
     k = len(core)
     if not torch.isfinite(gram).all():
-        # No eigenvalues of NaN: let them through to the answer, where they are reported.
+        # LAPACK has no eigenvalues of NaN. The answer is NaN then, and the solve reports it.
         return torch.full_like(core, torch.nan), torch.full_like(core[0], torch.nan)
     squares, Y = torch.linalg.eigh((gram + gram.T) / 2)
-    # Singular values of C below its own rounding (or that of its Gram matrix) mean nothing. To cut
-    # there, and not at the eigenvalues of W, is what keeps half precision usable: with W whitened
-    # first the error of a bfloat16 sketch was 0.5 where it is below 0.1 so.
+    # Singular values of C below its rounding, or that of its Gram matrix, mean nothing. The cut is
+    # there and not at the eigenvalues of W because of half precision: with W whitened first, the
+    # error of a bfloat16 sketch was 0.5 where it is now below 0.1.
     cutoff = k * max(epsilon**2, torch.finfo(gram.dtype).eps)
     kept = squares > cutoff * squares[-1]
     whiten = Y[:, kept] / squares[kept].sqrt()

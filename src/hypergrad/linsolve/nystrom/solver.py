@@ -34,31 +34,29 @@ TESTS = ("coordinates", "gaussian", "orthonormal")
 class Nystrom(LinearSolver):
     """``A⁻¹ b ≈ (H_k + ρI)⁻¹ b``, ``H_k = C W⁺ Cᵀ``, ``C = A Ω`` (Hataya & Yamada 2023).
 
-    Ω holds ``rank`` random unit vectors, so that C holds columns of A, or Gaussian vectors, which
-    see all of A in every product. At full rank it is the exact ``(A + ρI)⁻¹ b``, but for directions
-    in which C is below about 1e-8 (1e-7 in float32) of its norm: they count as zero.
+    Ω holds ``rank`` random unit vectors, so that C holds columns of A, or Gaussian vectors, whose
+    products each depend on all of A. At full rank it is the exact ``(A + ρI)⁻¹ b``, except for
+    directions in which C is below about 1e-8 (1e-7 in float32) of its norm: they count as zero.
 
     Args:
-        rank: k, from 1 to the number n of parameters. Costs k products, and memory for k vectors.
-            ``"auto"`` doubles it from 8 until the smallest eigenvalue of ``H_k`` is at most ρ in
-            magnitude, or ``max_rank`` is reached.
-        rho: ρ > 0. What is not in the sketch is divided by it.
-        test: ``"coordinates"``, as in 0.0.1, or ``"gaussian"``, nearer to A at the same rank where
-            the mass of A is not in few of its columns (Frangella, Tropp & Udell 2023). A rank near
-            n is for the others: a square Gaussian matrix is ill-conditioned. ``"orthonormal"`` is
-            the same but for rounding, and keeps k vectors more in memory.
+        rank: k, from 1 to the number n of parameters. It costs k products, and memory for k
+            vectors. ``"auto"`` doubles it from 8 until the smallest eigenvalue of ``H_k`` is at
+            most ρ in magnitude, or until ``max_rank``.
+        rho: ρ > 0. Directions outside the sketch are divided by it.
+        test: ``"coordinates"``, as in 0.0.1; or ``"gaussian"``, which is nearer to A at the same
+            rank unless few columns hold most of A (Frangella, Tropp & Udell 2023), but not for a
+            rank near n: a square Gaussian matrix is ill-conditioned. ``"orthonormal"`` equals
+            ``"gaussian"`` up to rounding, and keeps k more vectors in memory.
         max_rank: the limit for ``rank="auto"``.
-        chunk_size: at most this many vectors are multiplied at once and in memory at any time,
-            whatever the rank. Costs 2 k products, and 3 or more for each right-hand side. ``None``:
-            all k columns are kept.
-        generator: for Ω. ``None`` draws from PyTorch's default CPU generator, as PyTorch's own
-            random functions do.
+        chunk_size: the most vectors per product and in memory, whatever the rank. Chunks cost 2 k
+            products, and 3 or more per right-hand side. ``None`` keeps all k columns.
+        generator: for Ω. ``None`` draws from PyTorch's default CPU generator.
         measure_residual: whether to spend one product to report the residual.
         columns: the coordinates for Ω, ``rank`` different ones; ``None`` draws them.
 
     Raises:
-        TypeError, ValueError: an option is out of its range; in ``solve``, ``rank`` exceeds n; in
-            ``sketch``, also if the operator is not symmetric.
+        ValueError: in ``solve``, ``rank`` exceeds n; in ``sketch``, also if the operator is not
+            symmetric.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -85,7 +83,7 @@ class Nystrom(LinearSolver):
             raise ValueError(f"columns must come with test='coordinates', got test={self.test!r}")
 
     def sketch(self, operator: LinearOperator) -> NystromSketch:
-        """The sketch of ``operator``, to be kept for many right-hand sides."""
+        """Return the sketch of ``operator``, to be kept for many right-hand sides."""
 
         def enough(eigenvalues: Tensor) -> bool:
             return bool(eigenvalues.abs().min() <= self.rho) if len(eigenvalues) else True
@@ -110,7 +108,7 @@ class Nystrom(LinearSolver):
 class NystromSketch(LinearSolver):
     """A Nyström approximation ``H_k = U Λ Uᵀ`` that was computed once, as a solver of its own.
 
-    Its ``solve`` takes any right-hand side; the operator given there only measures the residual, if
+    ``solve`` takes any right-hand side and uses its operator only to measure the residual, if
     asked. :meth:`apply` is the plain map ``b ↦ (H_k + ρI)⁻¹ b``.
 
     Attributes:
@@ -156,11 +154,10 @@ def draw_sketch(
     enough: Callable[[Tensor], bool],
     columns: tuple[int, ...] | None = None,
 ) -> Sketch:
-    """A sketch of ``operator`` with test vectors of the kind and number that the options say.
+    """Return a sketch of ``operator`` with the test vectors that the options describe.
 
-    Raises:
-        ValueError: there are fewer parameters than ``rank``; the operator is not symmetric;
-            ``columns`` are not ``rank`` different coordinates.
+    It raises ``ValueError`` if ``rank`` exceeds the number of parameters, the operator is not
+    symmetric, or ``columns`` are not ``rank`` different coordinates.
     """
     n = tr.size(operator.like)
     if rank != "auto" and rank > n:
@@ -189,17 +186,9 @@ def draw_sketch(
 
 
 def check_sketch_options(
-    rank: Rank,
-    test: str,
-    max_rank: int,
-    chunk_size: int | None,
-    generator: torch.Generator | None,
+    rank: Rank, test: str, max_rank: int, chunk_size: int | None, generator: torch.Generator | None
 ) -> None:
-    """Raise unless the options of a sketch make sense.
-
-    Raises:
-        TypeError, ValueError: one is of the wrong kind or out of its range.
-    """
+    """Raise ``TypeError`` or ``ValueError`` unless the options of a sketch make sense."""
     if rank != "auto":
         check_count(rank, "rank")
     check_choice(test, "test", TESTS)
