@@ -6,13 +6,7 @@ Each is a frozen dataclass with ``init(params) -> state`` and
 
 from hypergrad.optimizers.adagrad import Adagrad
 from hypergrad.optimizers.adam import Adam, AdamW
-from hypergrad.optimizers.base import (
-    Optimizer,
-    Settings,
-    Slot,
-    State,
-    check_optimizer,
-)
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, check_optimizer
 from hypergrad.optimizers.clipped import Clipped
 from hypergrad.optimizers.hyperparameters import Hyperparameter
 from hypergrad.optimizers.legacy import diff_sgd

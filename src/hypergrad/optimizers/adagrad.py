@@ -8,22 +8,16 @@ import torch
 from torch import Tensor
 
 from hypergrad._checks import check_number
-from hypergrad.optimizers.base import Optimizer, Settings, Slot
-from hypergrad.optimizers.hyperparameters import (
-    Hyperparameter,
-    check_flag,
-    check_hyperparameter,
-    descent_gradient,
-    plus_quotient,
-    root,
-)
+from hypergrad.optimizers import hyperparameters as hp
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, Step
+from hypergrad.optimizers.hyperparameters import Hyperparameter
 
 
 @dataclass(frozen=True, eq=False)
 class Adagrad(Optimizer):
     """``s ← s + g²``, ``θ ← θ − lr / (1 + (t − 1) · lr_decay) · g / (√s + ε)``, ``g = ∇f + λθ``.
 
-    Duchi, Hazan & Singer 2011; t counts from 1. Step by step that of ``torch.optim.Adagrad`` with
+    Duchi, Hazan & Singer 2011; t counts from 1. Each step is that of ``torch.optim.Adagrad`` with
     the same arguments. Its derivatives are finite where a gradient is zero.
 
     Args:
@@ -33,10 +27,7 @@ class Adagrad(Optimizer):
         weight_decay: λ.
         initial_accumulator_value: s before the first step.
         eps: ε.
-        maximize: go uphill.
-
-    Raises:
-        TypeError, ValueError: a hyperparameter of the wrong kind or out of its range.
+        maximize: step along the gradient, not against it.
     """
 
     lr: Hyperparameter = 1e-2
@@ -48,22 +39,18 @@ class Adagrad(Optimizer):
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_decay", "weight_decay", "eps"):
-            check_hyperparameter(getattr(self, name), name)
+            hp.check_hyperparameter(getattr(self, name), name)
         check_number(self.initial_accumulator_value, "initial_accumulator_value", at_least=0.0)
-        check_flag(self.maximize, "maximize")
+        hp.check_flag(self.maximize, "maximize")
 
     def new_slot(self, param: Tensor) -> Slot:
-        """The initial accumulator value everywhere."""
         initial = self.initial_accumulator_value
         return {"step": 0, "sum": torch.full_like(param, initial, requires_grad=False)}
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """One step of one leaf."""
-        grad = descent_gradient(grad, param, settings)
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
+        grad = hp.descent_gradient(grad, param, settings)
         lr = settings["lr"] / (1 + slot["step"] * settings["lr_decay"])
         total = torch.addcmul(slot["sum"], grad, grad)
-        denominator = root(total) + settings["eps"]
+        denominator = hp.root(total) + settings["eps"]
         updated = {"step": slot["step"] + 1, "sum": total}
-        return plus_quotient(param, -lr, grad, denominator), updated
+        return hp.plus_quotient(param, -lr, grad, denominator), updated

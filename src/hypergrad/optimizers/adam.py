@@ -12,24 +12,14 @@ from torch.autograd.forward_ad import unpack_dual
 
 from hypergrad import _sharding as pl
 from hypergrad._private import inside_a_transform
-from hypergrad.optimizers.base import Optimizer, Settings, Slot
-from hypergrad.optimizers.hyperparameters import (
-    Hyperparameter,
-    check_flag,
-    check_hyperparameter,
-    descent_gradient,
-    moving_average,
-    moving_square,
-    plus,
-    present,
-    root,
-    times,
-)
+from hypergrad.optimizers import hyperparameters as hp
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, Step
+from hypergrad.optimizers.hyperparameters import Hyperparameter
 
 
 @dataclass(frozen=True, eq=False)
 class Moments(Optimizer):
-    """What Adam and AdamW share: hyperparameters, moments, and the step along them.
+    """The hyperparameters, moments and step that Adam and AdamW share.
 
     Args:
         lr: the learning rate; it and the next three are numbers, tensors, trees or schedules, see
@@ -38,10 +28,7 @@ class Moments(Optimizer):
         eps: ε.
         weight_decay: λ.
         amsgrad: use the largest v so far.
-        maximize: go uphill.
-
-    Raises:
-        TypeError, ValueError: a hyperparameter of the wrong kind or out of its range.
+        maximize: step along the gradient, not against it.
     """
 
     lr: Hyperparameter = 1e-3
@@ -53,25 +40,22 @@ class Moments(Optimizer):
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
-            check_hyperparameter(getattr(self, name), name)
+            hp.check_hyperparameter(getattr(self, name), name)
         betas: Any = self.betas
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
             raise TypeError(f"betas must be a pair of two hyperparameters, got {betas!r}")
         for i, beta in enumerate(betas):
-            check_hyperparameter(beta, f"betas[{i}]", below=1.0)
-        check_flag(self.amsgrad, "amsgrad")
-        check_flag(self.maximize, "maximize")
+            hp.check_hyperparameter(beta, f"betas[{i}]", below=1.0)
+        hp.check_flag(self.amsgrad, "amsgrad")
+        hp.check_flag(self.maximize, "maximize")
 
     def new_slot(self, param: Tensor) -> Slot:
-        """Zero moments."""
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
         zeros = {name: torch.zeros_like(param, requires_grad=False) for name in names}
         return {"step": 0, **zeros}
 
-    def move(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """``m``, ``v`` and ``θ`` after a gradient that decay was added to, or not."""
+    def move(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
+        """Return ``θ`` and its moments after a gradient, weight decay included."""
         step = slot["step"] + 1
         beta1, beta2 = settings["betas"]
         # Both corrections of m̂ / (√v̂ + ε) in one factor and in ε.
@@ -84,44 +68,38 @@ class Moments(Optimizer):
         updated = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         if self.amsgrad:
             v = updated["max_exp_avg_sq"] = torch.maximum(slot["max_exp_avg_sq"], v)
-            direction = m / (root(v) + epsilon)
-        return plus(param, factor, direction), updated
+            direction = m / (hp.root(v) + epsilon)
+        return hp.plus(param, factor, direction), updated
 
 
 @dataclass(frozen=True, eq=False)
 class Adam(Moments):
     """``m ← β₁ m + (1 − β₁) g``, ``v ← β₂ v + (1 − β₂) g²``, ``θ ← θ − lr · m̂ / (√v̂ + ε)``.
 
-    ``m̂ = m / (1 − β₁ᵗ)``, ``v̂ = v / (1 − β₂ᵗ)``, ``g = ∇f + λθ`` (Kingma & Ba 2015). Step by step
+    ``m̂ = m / (1 − β₁ᵗ)``, ``v̂ = v / (1 − β₂ᵗ)``, ``g = ∇f + λθ`` (Kingma & Ba 2015). Each step is
     that of ``torch.optim.Adam`` with the same arguments. Its derivatives are finite where a
-    gradient is zero. Arguments and errors are those of :class:`Moments`.
+    gradient is zero. Its arguments and errors are those of :class:`Moments`.
     """
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """One step of one leaf."""
-        grad = descent_gradient(grad, param, settings)
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
+        grad = hp.descent_gradient(grad, param, settings)
         return self.move(param, grad, slot, settings)
 
 
 @dataclass(frozen=True, eq=False)
 class AdamW(Moments):
-    """As :class:`Adam`, with the weight decay on its own: ``θ ← (1 − lr · λ) θ`` before each step.
+    """:class:`Adam` with a separate weight decay: ``θ ← (1 − lr · λ) θ`` before each step.
 
-    Loshchilov & Hutter 2019; step by step that of ``torch.optim.AdamW`` with the same arguments.
-    Arguments and errors are those of :class:`Moments`, with a ``weight_decay`` of 0.01 unless told.
+    Loshchilov & Hutter 2019. Each step is that of ``torch.optim.AdamW`` with the same arguments.
+    Its arguments and errors are those of :class:`Moments`; ``weight_decay`` is 0.01 by default.
     """
 
     weight_decay: Hyperparameter = 1e-2
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """One step of one leaf."""
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
         grad = -grad if self.maximize else grad
-        if present(settings["weight_decay"]):
-            param = times(param, 1 - settings["lr"] * settings["weight_decay"])
+        if hp.present(settings["weight_decay"]):
+            param = hp.times(param, 1 - settings["lr"] * settings["weight_decay"])
         return self.move(param, grad, slot, settings)
 
 
@@ -143,12 +121,12 @@ def _composed(
     grad: Tensor, m: Tensor, v: Tensor, coefficients: Coefficients
 ) -> tuple[Tensor, Tensor, Tensor]:
     beta1, beta2, epsilon = coefficients
-    m, v = moving_average(m, grad, beta1), moving_square(v, grad, beta2)
-    return m / (root(v) + epsilon), m, v
+    m, v = hp.moving_average(m, grad, beta1), hp.moving_square(v, grad, beta2)
+    return m / (hp.root(v) + epsilon), m, v
 
 
 def _has_closed_form(tensors: Sequence[Tensor], coefficients: Coefficients) -> bool:
-    """Numbers, one dtype, and reverse mode."""
+    """Whether the coefficients are numbers, the dtypes equal, and the mode reverse."""
     if any(isinstance(number, Tensor) for number in coefficients) or inside_a_transform():
         return False
     if len({tensor.dtype for tensor in tensors}) > 1 or pl.any_distributed(tensors):
@@ -157,7 +135,7 @@ def _has_closed_form(tensors: Sequence[Tensor], coefficients: Coefficients) -> b
 
 
 class _Direction(torch.autograd.Function):
-    """The same as one node in place of seven, there and back in half the time.
+    """The same as one autograd node instead of seven, in half the time.
 
     With q = d̄ / (√v' + ε) and the cotangents d̄, m̄', v̄',
 
@@ -170,8 +148,8 @@ class _Direction(torch.autograd.Function):
         ctx: Any, grad: Tensor, m: Tensor, v: Tensor, coefficients: tuple[float, float, float]
     ) -> tuple[Tensor, ...]:
         beta1, beta2, epsilon = coefficients
-        new_m, new_v = moving_average(m, grad, beta1), moving_square(v, grad, beta2)
-        scale = root(new_v)
+        new_m, new_v = hp.moving_average(m, grad, beta1), hp.moving_square(v, grad, beta2)
+        scale = hp.root(new_v)
         direction = new_m / (scale + epsilon)
         ctx.coefficients = coefficients
         ctx.save_for_backward(grad, m, v, scale, direction)

@@ -20,14 +20,17 @@ Slot: TypeAlias = Mapping[str, Any]
 Settings: TypeAlias = Mapping[str, Any]
 """The hyperparameters of one leaf at one step: numbers and tensors."""
 
+Step: TypeAlias = tuple[Tensor, Slot]
+"""The next value of one leaf, and of its slot."""
+
 
 @dataclass(frozen=True, eq=False)
 class State:
     """What an optimiser remembers between steps.
 
     Attributes:
-        step: how many updates were made, which is what schedules are called with.
-        slots: one for each leaf of the parameters, in the order of their structure.
+        step: how many updates were made, the argument of schedules.
+        slots: one per leaf of the parameters, in the order of their structure.
     """
 
     step: int
@@ -40,31 +43,28 @@ class Optimizer(ABC):
     Nothing is changed in place. Gradients flow to parameters, state, gradients and every tensor
     among the hyperparameters. A new one is a frozen dataclass (``eq=False``) of its hyperparameters
     with :meth:`update_leaf`, and :meth:`new_slot` if it remembers something.
+
+    An optimiser checks its hyperparameters when it is made: one of the wrong type raises
+    ``TypeError``, a number out of its range ``ValueError``.
     """
 
     def init(self, params: Tree) -> State:
-        """The state before the first update.
-
-        Raises:
-            TypeError, ValueError: ``params`` is no tree of floating-point tensors.
-        """
+        """Return the state before the first update of ``params``, a tree of float tensors."""
         check_tree(params, "params")
         return State(0, tuple(self.new_slot(leaf) for leaf in tr.leaves(params)))
 
     def new_slot(self, param: Tensor) -> Slot:
-        """What is remembered of a leaf before its first update."""
+        """Return what is remembered of a leaf before its first update."""
         return {}
 
     @abstractmethod
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """The next value of a leaf, and of what is remembered of it."""
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
+        """Return the next value of a leaf, and of what is remembered of it."""
 
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
-        """The hyperparameters of leaf ``index`` at ``step``.
+        """Return the hyperparameters of leaf ``index`` at ``step``.
 
-        They are the fields, schedules replaced by their values and trees by their leaves.
+        They are the fields, with the values of schedules and the leaves of trees.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {
@@ -75,11 +75,11 @@ class Optimizer(ABC):
         }
 
     def prepared(self, grads: Tree) -> Tree:
-        """What a step makes of all gradients together before it goes leaf by leaf."""
+        """Return the gradients as a step uses them, after what it does to all of them together."""
         return grads
 
     def settings(self, state: State, params: Tree) -> list[Settings]:
-        """The hyperparameters of the next update, leaf by leaf: a tree of numbers and tensors."""
+        """Return the hyperparameters of the next update, leaf by leaf."""
         return [
             self.leaf_settings(state.step, i, slot, params) for i, slot in enumerate(state.slots)
         ]
@@ -87,7 +87,7 @@ class Optimizer(ABC):
     def update(
         self, grads: Tree, state: State, params: Tree, *, settings: Sequence[Settings] | None = None
     ) -> tuple[Tree, State]:
-        """One step.
+        """Make one step.
 
         Args:
             grads: ``∇_θ f``, in the structure of ``params``.

@@ -1,4 +1,4 @@
-"""Steps along clipped gradients."""
+"""Optimisers that clip their gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from hypergrad import _sharding as pl
 from hypergrad import tree as tr
 from hypergrad._checks import check_number
-from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, check_optimizer
-from hypergrad.optimizers.hyperparameters import root, times
+from hypergrad.optimizers import hyperparameters as hp
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, Step, check_optimizer
 from hypergrad.tree import Tree
 
 
@@ -19,16 +19,15 @@ from hypergrad.tree import Tree
 class Clipped(Optimizer):
     """Another optimiser's steps along ``g · min(1, max_norm / (‖g‖ + 1e-6))``.
 
-    ‖g‖ is the norm over all leaves together, as ``torch.nn.utils.clip_grad_norm_`` has it; the
-    clipping is a part of the step that derivatives lead through. Pascanu, Mikolov & Bengio 2013.
+    ‖g‖ is the norm over all leaves together, as in ``torch.nn.utils.clip_grad_norm_``. The
+    derivatives of a step include those of the clipping. Pascanu, Mikolov & Bengio 2013.
 
     Args:
         optimizer: one of :mod:`hypergrad.optimizers`.
         max_norm: the largest norm of a gradient.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range. From ``update``:
-            the gradients are sharded.
+        ValueError: from ``update``: the gradients are sharded.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -46,27 +45,21 @@ class Clipped(Optimizer):
         check_number(self.max_norm, "max_norm", above=0.0)
 
     def init(self, params: Tree) -> State:
-        """The other optimiser's state."""
         return self.optimizer.init(params)
 
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
-        """The other optimiser's."""
         return self.optimizer.leaf_settings(step, index, slot, params)
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """As the other optimiser does."""
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
         return self.optimizer.update_leaf(param, grad, slot, settings)
 
     def prepared(self, grads: Tree) -> Tree:
-        """The clipped gradients."""
         if pl.any_distributed(tr.leaves(grads)):
             raise ValueError(
                 "grads must be whole to be clipped in a differentiable step, got DTensor"
             )
         wide = [leaf.float() if leaf.dtype.itemsize < 4 else leaf for leaf in tr.leaves(grads)]
         squares = [leaf.square().sum().to(wide[0]) for leaf in wide]
-        factor = self.max_norm / (root(torch.stack(squares).sum()) + 1e-6)
+        factor = self.max_norm / (hp.root(torch.stack(squares).sum()) + 1e-6)
         clipped = factor.clamp(max=1.0)
-        return tr.map_leaves(lambda leaf: times(leaf, clipped.to(leaf.device)), grads)
+        return tr.map_leaves(lambda leaf: hp.times(leaf, clipped.to(leaf.device)), grads)

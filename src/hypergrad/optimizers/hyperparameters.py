@@ -1,4 +1,4 @@
-"""Hyperparameters of an optimiser: numbers, tensors, one for each leaf or element, schedules."""
+"""Hyperparameters of an optimiser: numbers, tensors, one per leaf or element, schedules."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ structure of ``params``; or a schedule, ``schedule(step)``, that returns any of 
 def check_hyperparameter(
     value: Hyperparameter, name: str, *, at_least: float = 0.0, below: float = math.inf
 ) -> None:
-    """Raise unless ``value`` can be a hyperparameter; numbers also if they are out of range.
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` can be a hyperparameter.
 
-    Tensors may leave the range while they are learned: only their kind is looked at.
-
-    Raises:
-        TypeError: something that is no number, no floating-point tensor and no schedule.
-        ValueError: a number out of range.
+    A number must be in range. A tensor may leave the range while it is learned, so it only has to
+    be a floating-point one.
     """
     for leaf in optree.tree_leaves(value, none_is_leaf=True):
         if isinstance(leaf, Tensor):
@@ -50,11 +47,10 @@ def check_flag(value: Any, name: str) -> None:
 def leaf_value(
     value: Hyperparameter, name: str, step: int, index: int, params: Tree
 ) -> float | Tensor:
-    """The number or tensor that leaf ``index`` of ``params`` uses at ``step``.
+    """Return the number or tensor that leaf ``index`` of ``params`` uses at ``step``.
 
-    Raises:
-        TypeError: a schedule returned something else.
-        ValueError: a tree or a tensor that does not fit ``params``.
+    It raises ``TypeError`` if a schedule returns something else, and ``ValueError`` for a tree or a
+    tensor that does not fit ``params``.
     """
     if callable(value):
         value = value(step)
@@ -78,7 +74,7 @@ def leaf_value(
 
 
 def present(value: float | Tensor) -> bool:
-    """Whether a hyperparameter does anything: a tensor always does, since it has a gradient."""
+    """Whether a hyperparameter has an effect: a tensor always has, since it has a gradient."""
     return isinstance(value, Tensor) or value != 0
 
 
@@ -90,7 +86,7 @@ def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
 
 
 def descent_gradient(grad: Tensor, param: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """``±∇f + λθ``: what ``maximize`` and ``weight_decay`` make of a gradient."""
+    """``±∇f + λθ``: the gradient after ``maximize`` and ``weight_decay``."""
     grad = -grad if settings["maximize"] else grad
     decay = settings["weight_decay"]
     return plus(grad, decay, param) if present(decay) else grad
@@ -125,10 +121,10 @@ def moving_square(x: Tensor, y: Tensor, decay: float | Tensor) -> Tensor:
 def root(x: Tensor) -> Tensor:
     """``√x`` of x ≥ 0, with derivative 0 at 0.
 
-    The moments of a gradient that was always zero are zero; the infinite slope of the root there
-    would turn every hypergradient into NaN, though the update is a smooth function of the gradient:
-    ``g / (|g| + ε)`` has the derivative ``1 / ε`` at 0, which this gives: the root of the smallest
-    normal number stands in for 0, which no ε that is of use can tell from it.
+    The moments of a gradient that was always zero are zero. The infinite slope of the root there
+    would turn every hypergradient into NaN, though the update is smooth: ``g / (|g| + ε)`` has the
+    derivative ``1 / ε`` at 0. So the root of the smallest normal number stands for 0, which any
+    useful ε hides.
     """
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 

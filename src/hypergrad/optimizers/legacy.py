@@ -21,14 +21,14 @@ def diff_sgd(
     dampening: float | Tensor = 0,
     nesterov: bool = False,
 ) -> tuple[Any, Any]:
-    """One step of :class:`hypergrad.optimizers.SGD`, differentiable in everything.
+    """Make one step of :class:`hypergrad.optimizers.SGD`, differentiable in everything.
 
-    With a *list* of parameters its entries and those of a list of buffers are replaced in place, as
-    0.0.1 does; a tuple leaves both alone, as in its main branch. Both cut the gradient of the first
-    momentum step; this does not. ``nesterov`` goes with any momentum and dampening here.
+    If ``params`` is a *list*, its entries and those of a list of buffers are replaced in place, as
+    in 0.0.1. A tuple leaves both alone, as in its main branch. Both cut the gradient of the first
+    momentum step; this does not. ``nesterov`` works with any momentum and dampening here.
 
-    ``params`` is θ, ``grads`` is ``∇_θ f``, ``state`` the momentum buffers of the last step, at
-    first ``None``; the others are numbers or tensors, named as in ``torch.optim.SGD``.
+    ``params`` is θ, ``grads`` is ``∇_θ f``, ``state`` the momentum buffers of the last step, or
+    ``None`` before the first. The others are numbers or tensors, named as in ``torch.optim.SGD``.
 
     Returns:
         The next parameters and momentum buffers: two tuples if ``params`` is one, else two lists.

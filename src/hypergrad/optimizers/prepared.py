@@ -1,8 +1,8 @@
-"""What Accelerate and Fabric wrap around optimisers and schedulers, taken off again.
+"""Remove the wrappers of Accelerate and Fabric from optimisers and schedulers.
 
-Such a wrapper steps when its own training loop would: gradients that hypergrad has put in place are
-not to be accumulated, scaled or synchronised a second time. It is known by what it holds, not by
-its class, so that neither library is needed.
+Such a wrapper steps when its own training loop does. It must not accumulate, scale or synchronise
+gradients that hypergrad has already set. A wrapper is recognised by what it holds, not by its
+class, so neither library is needed.
 """
 
 from __future__ import annotations

@@ -6,25 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hypergrad.optimizers.base import Optimizer, Settings, Slot
-from hypergrad.optimizers.hyperparameters import (
-    Hyperparameter,
-    check_flag,
-    check_hyperparameter,
-    descent_gradient,
-    plus,
-    present,
-    times,
-)
+from hypergrad.optimizers import hyperparameters as hp
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, Step
+from hypergrad.optimizers.hyperparameters import Hyperparameter
 
 
 @dataclass(frozen=True, eq=False)
 class SGD(Optimizer):
     """``b ← momentum · b + (1 − dampening) g``, ``θ ← θ − lr · b``, with ``g = ∇f + λθ``.
 
-    The first ``b`` is ``g``. With ``nesterov`` the step is along ``g + momentum · b``. Step by step
-    that of ``torch.optim.SGD`` with the same arguments, but for one thing: the first ``b`` carries
-    its gradient, which PyTorch's differentiable one detaches.
+    The first ``b`` is ``g``. With ``nesterov`` the step is along ``g + momentum · b``. Each step is
+    that of ``torch.optim.SGD`` with the same arguments, except that the first ``b`` keeps the graph
+    of its gradient, which PyTorch's differentiable one detaches.
 
     Args:
         lr: the learning rate; it and the next three are numbers, tensors, trees or schedules, see
@@ -33,10 +26,7 @@ class SGD(Optimizer):
         dampening: dampening of momentum.
         weight_decay: λ.
         nesterov: look ahead; needs a momentum and no dampening.
-        maximize: go uphill.
-
-    Raises:
-        TypeError, ValueError: a hyperparameter of the wrong kind or out of its range.
+        maximize: step along the gradient, not against it.
 
     Examples:
         >>> import torch, hypergrad as hg
@@ -58,10 +48,10 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         for name in ("lr", "momentum", "weight_decay"):
-            check_hyperparameter(getattr(self, name), name)
-        check_hyperparameter(self.dampening, "dampening", at_least=-float("inf"))
-        check_flag(self.nesterov, "nesterov")
-        check_flag(self.maximize, "maximize")
+            hp.check_hyperparameter(getattr(self, name), name)
+        hp.check_hyperparameter(self.dampening, "dampening", at_least=-float("inf"))
+        hp.check_flag(self.nesterov, "nesterov")
+        hp.check_flag(self.maximize, "maximize")
         is_zero = isinstance(self.momentum, (int, float)) and self.momentum == 0
         is_dampened = not isinstance(self.dampening, (int, float)) or self.dampening != 0
         if self.nesterov and (is_zero or is_dampened):
@@ -71,21 +61,17 @@ class SGD(Optimizer):
             )
 
     def new_slot(self, param: Tensor) -> Slot:
-        """No momentum yet."""
         return {"momentum_buffer": None}
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """One step of one leaf."""
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
         lr, momentum = settings["lr"], settings["momentum"]
-        grad = descent_gradient(grad, param, settings)
-        if not present(momentum):
-            return plus(param, -lr, grad), slot
+        grad = hp.descent_gradient(grad, param, settings)
+        if not hp.present(momentum):
+            return hp.plus(param, -lr, grad), slot
         buffer = slot["momentum_buffer"]
         if buffer is None:
             buffer = grad
         else:
-            buffer = plus(times(buffer, momentum), 1 - settings["dampening"], grad)
-        step = plus(grad, momentum, buffer) if self.nesterov else buffer
-        return plus(param, -lr, step), {"momentum_buffer": buffer}
+            buffer = hp.plus(hp.times(buffer, momentum), 1 - settings["dampening"], grad)
+        step = hp.plus(grad, momentum, buffer) if self.nesterov else buffer
+        return hp.plus(param, -lr, step), {"momentum_buffer": buffer}

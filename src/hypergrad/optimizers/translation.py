@@ -1,4 +1,4 @@
-"""Differentiable optimisers that go on from one of ``torch.optim``."""
+"""Differentiable optimisers that continue from one of ``torch.optim``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypergrad import tree as tr
 from hypergrad._checks import check_tree, given
 from hypergrad.optimizers.adagrad import Adagrad
 from hypergrad.optimizers.adam import Adam, AdamW
-from hypergrad.optimizers.base import Optimizer, Settings, Slot, State
+from hypergrad.optimizers.base import Optimizer, Settings, Slot, State, Step
 from hypergrad.optimizers.prepared import unprepared_optimizer, unprepared_scheduler
 from hypergrad.optimizers.rmsprop import RMSprop
 from hypergrad.optimizers.sgd import SGD
@@ -28,24 +28,24 @@ def from_torch(
     *,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> FromTorch:
-    """The differentiable twin of a ``torch.optim`` optimiser: its groups, its state, its schedule.
+    """Return the differentiable twin of a ``torch.optim`` optimiser, with groups, state, schedule.
 
     ``init`` of the twin takes the very tensors that ``optimizer`` holds, in any tree, such as
-    ``dict(model.named_parameters())``, and starts from a copy, made here, of what ``optimizer``
-    remembers of each. A tensor that it does not hold stays as it is. ``optimizer`` and
+    ``dict(model.named_parameters())``. It starts from a copy, made here, of the optimiser's state
+    of each tensor. A tensor that ``optimizer`` does not hold stays as it is. ``optimizer`` and
     ``scheduler`` are not changed. SGD, Adam, AdamW, RMSprop and Adagrad become their namesakes
-    here; any other class that has a ``differentiable=True`` runs itself, differentiable in
-    gradients, parameters and state.
+    here. Any other class that has ``differentiable=True`` runs itself, differentiable in gradients,
+    parameters and state.
 
     Args:
         optimizer: the optimiser, before or after any number of steps; also as Accelerate or Fabric
             prepared it.
-        scheduler: of ``optimizer``; the twin's hyperparameters are those that it would set, one
+        scheduler: of ``optimizer``. The twin has the hyperparameters that it would set, with one
             ``scheduler.step()`` after each update.
 
     Raises:
-        TypeError: ``optimizer`` is none of ``torch.optim``'s or cannot be differentiated, or
-            ``scheduler`` asks for a metric.
+        TypeError: ``optimizer`` is not from ``torch.optim`` or cannot be differentiated, or
+            ``scheduler`` needs a metric.
         ValueError: ``scheduler`` belongs to another optimiser. From ``init``: no leaf of ``params``
             is one of the tensors that ``optimizer`` holds.
 
@@ -84,7 +84,7 @@ def from_torch(
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """A tensor that the optimiser holds, its group, and a copy of what is remembered of it."""
+    """A tensor that the optimiser holds, its group, and a copy of its state."""
 
     param: Tensor
     group: int
@@ -93,7 +93,7 @@ class _Held:
 
 @dataclass(frozen=True, eq=False)
 class FromTorch(Optimizer):
-    """What :func:`from_torch` returns: one optimiser for each parameter group.
+    """The optimiser of :func:`from_torch`: one optimiser per parameter group.
 
     Attributes:
         groups: the optimisers.
@@ -104,11 +104,9 @@ class FromTorch(Optimizer):
     held: Sequence[_Held]
 
     def init(self, params: Tree) -> State:
-        """The state of each of the optimiser's tensors, as it was when the twin was made.
+        """Return the state of each tensor of the optimiser, as it was when the twin was made.
 
-        Raises:
-            TypeError, ValueError: ``params`` is no tree of floating-point tensors, or none of them
-                is one of the optimiser's.
+        It raises ``ValueError`` if none of ``params`` is one of these tensors.
         """
         check_tree(params, "params")
         held = {id(entry.param): entry for entry in self.held}
@@ -122,19 +120,15 @@ class FromTorch(Optimizer):
         return State(0, tuple(slots))
 
     def with_lr(self, lr: float) -> FromTorch:
-        """The same at another learning rate."""
+        """Return the same optimiser with another learning rate."""
         return replace(self, groups=tuple(_at_rate(rule, lr) for rule in self.groups))
 
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
-        """Those of the leaf's group."""
         if slot["group"] is None:
             return {}
         return self.groups[slot["group"]].leaf_settings(step, index, slot, params)
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """As the leaf's group does; a leaf of no group stays as it is."""
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
         if slot["group"] is None:
             return param, slot
         param, updated = self.groups[slot["group"]].update_leaf(param, grad, slot, settings)
@@ -166,15 +160,11 @@ class TorchRule(Optimizer):
     options: dict[str, Any]
 
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
-        """The options, schedules replaced by their values."""
         options: Any = self.options
         resolved: Any = optree.tree_map(lambda x: x(step) if callable(x) else x, options)
         return resolved
 
-    def update_leaf(
-        self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings
-    ) -> tuple[Tensor, Slot]:
-        """One step of an optimiser of its own for this leaf."""
+    def update_leaf(self, param: Tensor, grad: Tensor, slot: Slot, settings: Settings) -> Step:
         updated = param.clone()
         updated.grad = grad
         make: Any = self.kind  # the classes differ in their arguments
@@ -192,12 +182,10 @@ class TorchRule(Optimizer):
 
 
 class _Lookahead:
-    """The hyperparameters that a scheduler would set, step by step, asked of a copy of it."""
+    """The hyperparameters that a scheduler would set, step by step, from a copy of it."""
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
     ) -> None:
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise TypeError(
@@ -223,7 +211,7 @@ class _Lookahead:
         self._seen = [copy.deepcopy(self._groups)]
 
     def scheduled(self, group: int, name: str, value: Any) -> Any:
-        """A schedule of the value, if it is one that schedulers set, or the value as it is."""
+        """Return a schedule of the value if schedulers set it, or else the value."""
         if name not in _SCHEDULED:
             return value
         if isinstance(value, (tuple, list)):
@@ -256,7 +244,7 @@ def _at_rate(rule: Any, lr: float) -> Optimizer:
 
 
 def _own(value: Any) -> Any:
-    """An option that later steps of a scheduler leave alone; one to be learned stays itself."""
+    """Return a copy, safe from later steps of a scheduler; an option to be learned as it is."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(_own, value))
     return value.clone() if isinstance(value, Tensor) and not value.requires_grad else value

@@ -1,7 +1,4 @@
-"""The contract of a single loop: one step of θ, of a companion of it, and of φ at a time.
-
-The penalty methods share :func:`penalised`, see there.
-"""
+"""The contract of a single loop: one step of θ, of its companion, and of φ at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from hypergrad._checks import check_like, check_number, check_objective, check_t
 from hypergrad._saving import check_form, check_keys, from_leaves
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.autodiff.isolation import isolated_buffers
-from hypergrad.single_loop.problem import Parts, Problem
+from hypergrad.single_loop.problem import Problem
 from hypergrad.tree import Tree
 
 
@@ -46,7 +43,7 @@ class Directions:
         inner_value: ``f(θ, φ)``.
         outer_value: ``g(θ, φ)``.
         multiplier: λ, for a penalty method.
-        matvecs: how many products with second derivatives it took.
+        matvecs: how many products with second derivatives the step took.
     """
 
     params: Tree
@@ -63,7 +60,8 @@ class SingleLoop(ABC):
     """An algorithm for ``min_φ g(θ*(φ), φ)`` that never solves the inner problem to its end.
 
     A method is a frozen dataclass of its options that implements :meth:`first_companion` and
-    :meth:`follow`; one with a memory also :meth:`pack_memory` and :meth:`unpack_memory`.
+    :meth:`follow`; one with a memory also :meth:`pack_memory` and :meth:`unpack_memory`. It checks
+    its options when it is made.
 
     Attributes:
         over_all_batches: whether both objectives must be :class:`hypergrad.Averaged` over all
@@ -74,7 +72,7 @@ class SingleLoop(ABC):
             ``BilevelSolver``.
 
     Raises:
-        TypeError, ValueError: an option of the wrong kind or out of its range.
+        TypeError, ValueError: an option of the wrong type or out of its range.
     """
 
     over_all_batches: ClassVar[bool] = False
@@ -87,11 +85,7 @@ class SingleLoop(ABC):
 
     @property
     def step_size(self) -> float:
-        """``lr``, where it is needed.
-
-        Raises:
-            ValueError: it is ``None``.
-        """
+        """``lr``; raises ``ValueError`` where it is ``None``."""
         if self.lr is None:
             name = type(self).__name__
             raise ValueError(
@@ -101,28 +95,19 @@ class SingleLoop(ABC):
         return self.lr
 
     def init(self, params: Tree) -> LoopState:
-        """The state before the first step.
-
-        Raises:
-            TypeError, ValueError: ``params`` is no tree of floating-point tensors.
-        """
+        """Return the state before the first step at ``params``, a tree of float tensors."""
         check_tree(params, "params")
         return LoopState(0, self.first_companion(tr.detach(params)))
 
     def directions(
-        self,
-        inner: Objective,
-        outer: Objective,
-        params: Tree,
-        hparams: Tree,
-        state: LoopState,
+        self, inner: Objective, outer: Objective, params: Tree, hparams: Tree, state: LoopState
     ) -> Directions:
-        """Directions for θ and φ; nothing of the caller's is changed.
+        """Return directions for θ and φ; nothing of the caller's is changed.
 
         Args:
             inner: ``f(params, hparams)``, a scalar, :class:`hypergrad.Averaged` or
                 :class:`hypergrad.Sampled`.
-            outer: ``g(params, hparams)``, likewise.
+            outer: ``g(params, hparams)``, of the same kinds.
             params: θ.
             hparams: φ.
             state: from :meth:`init` or the last step.
@@ -131,7 +116,7 @@ class SingleLoop(ABC):
             TypeError, ValueError: an argument is of the wrong kind or does not match, or ``lr`` is
                 ``None``.
         """
-        _ = self.step_size  # Refused before any work.
+        _ = self.step_size  # raises before any work
         check_objective(inner, "inner")
         check_objective(outer, "outer")
         check_tree(params, "params")
@@ -150,12 +135,12 @@ class SingleLoop(ABC):
         }
 
     def unpack(self, packed: dict[str, Any], params: Tree, hparams: Tree) -> LoopState:
-        """The inverse of :meth:`pack`.
+        """Return the state that :meth:`pack` returned as ``packed``.
 
         Args:
-            packed: what it returned, as saved and loaded.
+            packed: as saved and loaded.
             params: a tree like θ: its structure, shapes, dtypes and devices count, not its values.
-            hparams: one like φ.
+            hparams: a tree like φ.
 
         Raises:
             TypeError, ValueError: ``packed`` does not fit the trees or this method.
@@ -183,41 +168,8 @@ class SingleLoop(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no memory to pack")
 
     def unpack_memory(self, packed: Any, params: Tree, hparams: Tree) -> Any:
-        """The inverse of :meth:`pack_memory`.
-
-        Raises:
-            ValueError: ``packed`` does not fit.
-        """
+        """The inverse of :meth:`pack_memory`; raises ``ValueError`` if ``packed`` does not fit."""
         raise ValueError(
             f"packed['memory'] must be None for {type(self).__name__}, which has no memory, got "
             f"{type(packed).__name__}"
         )
-
-
-class PenaltyMethod(SingleLoop):
-    """A single loop from first derivatives only."""
-
-    def first_companion(self, params: Tree) -> Tree:
-        """ω starts where θ does."""
-        return tr.clone(params)
-
-
-def along(
-    params: Tree, hparams: Tree, parts: Parts, omega: Tree, multiplier: float, state: LoopState
-) -> Directions:
-    """The given directions for θ and φ, with the values of ``parts`` and ω for the next step."""
-    return Directions(
-        params=params,
-        hparams=hparams,
-        state=LoopState(state.step + 1, omega),
-        inner_value=parts.inner_value,
-        outer_value=parts.outer_value,
-        multiplier=multiplier,
-    )
-
-
-def penalised(parts: Parts, omega: Tree, penalty: float, state: LoopState) -> Directions:
-    """``∂_φ g + λ ∂_φ q`` for φ; ``∂_θ f + ∂_θ g / λ`` for θ: one step size serves all λ."""
-    params = tr.add(parts.inner, parts.outer, 1.0 / penalty)
-    hparams = tr.add(parts.direct, parts.gap, penalty)
-    return along(params, hparams, parts, omega, penalty, state)

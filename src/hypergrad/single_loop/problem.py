@@ -1,4 +1,4 @@
-"""A bilevel problem at one φ, as single loops look at it."""
+"""Derivatives of a bilevel problem at one φ, for single loops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from hypergrad.tree import Tree
 @dataclass(frozen=True)
 class Parts:
     """First derivatives of both objectives at θ, and of the gap ``q = f(θ, φ) − f(ω, φ)``.
-
-    Penalised by λ, the bilevel problem ``min g`` where ``q ≤ 0`` has the derivatives
-    ``outer + λ inner`` in θ and ``direct + λ gap`` in φ.
 
     Attributes:
         inner_value: ``f(θ, φ)``.
@@ -38,13 +35,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Problem:
-    """Derivatives of both objectives at one φ.
-
-    Attributes:
-        f: the inner objective.
-        g: the outer one.
-        hparams: φ.
-    """
+    """The inner objective f and the outer objective g at one φ."""
 
     f: Objective
     g: Objective

@@ -9,16 +9,9 @@ from typing import Any, ClassVar, cast, get_args
 import torch
 from torch import Tensor
 
+from hypergrad import _saving as sv
 from hypergrad import tree as tr
 from hypergrad._checks import check_choice, check_structure
-from hypergrad._saving import (
-    check_generator,
-    check_generator_state,
-    check_keys,
-    from_leaves,
-    generator_state,
-    set_generator_state,
-)
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.minibatches import Averaged, bind
 from hypergrad.operators import Mode
@@ -29,11 +22,11 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Memory:
-    """What SABA remembers of each batch.
+    """What SABA remembers of all batches.
 
     Attributes:
-        inner: ``∂_θ f_i``, ``H_i v`` and ``(∂_φ F_i)ᵀ v``.
-        outer: ``∂_θ g_j`` and ``∂_φ g_j``.
+        inner: ``∂_θ f_i``, ``H_i v`` and ``(∂_φ F_i)ᵀ v`` of each inner batch.
+        outer: ``∂_θ g_j`` and ``∂_φ g_j`` of each outer batch.
     """
 
     inner: Table
@@ -46,28 +39,23 @@ class SABA(SingleLoop):
 
         N p_i (new_i − old_i) + Σ_k p_k old_k,   then old_i ← new_i
 
-    for a uniform batch i of N with the share p_i of all weight, as in SAGA. The noise goes to zero
-    with the changes, so that constant step sizes reach the solution, where SOBA on single batches
-    stops beside it. The first step fills the memory with a pass over all batches; from then on a
-    step costs one of each objective. Two vectors like θ and one like φ are kept for each inner
-    batch, one of each for an outer one. Dagréou et al. 2022, *A framework for bilevel optimization
-    that enables stochastic and global variance reduction algorithms*, Algorithm SABA.
+    for a uniform batch i of N with the share p_i of all weight, as in SAGA. The noise vanishes with
+    the changes, so constant step sizes reach the solution, which SOBA on single batches does not.
+    The first step fills the memory by a pass over all batches; later steps cost one batch of each
+    objective. The memory holds two vectors like θ and one like φ per inner batch, and one of each
+    per outer batch. Dagréou et al. 2022, *A framework for bilevel optimization that enables
+    stochastic and global variance reduction algorithms*, Algorithm SABA.
 
     Step sizes: the paper takes one ρ for v and θ, and a fixed share of it for φ, all constant.
 
     ``inner`` and ``outer`` must be :class:`hypergrad.Averaged` over lists of batches, the same in
-    every step.
+    every step; ``directions`` raises ``TypeError`` or ``ValueError`` for others.
 
     Args:
         lr: step size of v. ``None``: that of the inner optimiser, in a ``BilevelSolver``.
         mode: how the Hessian product is computed, see :func:`hypergrad.operators.hessian`.
-        generator: for the batches. ``None`` draws from PyTorch's default CPU generator, as
-            PyTorch's own random functions do. Each step but the first draws the inner batch, then
-            the outer one. Its state is packed with the memory.
-
-    Raises:
-        TypeError, ValueError: an option of the wrong kind or out of its range; in ``directions``,
-            also other objectives than those above.
+        generator: for the batches; ``None`` is PyTorch's default CPU generator. Each step but the
+            first draws the inner batch, then the outer one. Its state is packed with the memory.
     """
 
     over_all_batches: ClassVar[bool] = True
@@ -78,14 +66,12 @@ class SABA(SingleLoop):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.mode, "mode", get_args(Mode))
-        check_generator(self.generator)
+        sv.check_generator(self.generator)
 
     def first_companion(self, params: Tree) -> Tree:
-        """V = 0."""
         return tr.zeros_like(params)
 
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
-        """One step of all three, each from where the last step ended."""
         v, hparams = state.companion, problem.hparams
         inner, outer = _all_batches(problem.f, "inner"), _all_batches(problem.g, "outer")
         memory = state.memory
@@ -122,27 +108,22 @@ class SABA(SingleLoop):
         )
 
     def pack_memory(self, memory: Any) -> Any:
-        """Both tables as lists of lists of tensors, and the state of the generator."""
         return {
             "inner": memory.inner.to_lists(),
             "outer": memory.outer.to_lists(),
-            "generator": generator_state(self.generator),
+            "generator": sv.generator_state(self.generator),
         }
 
     def unpack_memory(self, packed: Any, params: Tree, hparams: Tree) -> Any:
-        """The tables; the generator, where there is one, goes on from the state packed with them.
-
-        Raises:
-            ValueError: ``packed`` does not fit the trees, or there is no generator to go on with.
-        """
+        """Return the tables; a generator continues from the state packed with them."""
         name = "packed['memory']"
-        check_keys(packed, ("inner", "outer", "generator"), name)
-        check_generator_state(self.generator, packed["generator"], f"{name}['generator']")
+        sv.check_keys(packed, ("inner", "outer", "generator"), name)
+        sv.check_generator_state(self.generator, packed["generator"], f"{name}['generator']")
         memory = Memory(
             Table.from_lists(packed["inner"], (params, params, hparams), f"{name}['inner']"),
             Table.from_lists(packed["outer"], (params, hparams), f"{name}['outer']"),
         )
-        set_generator_state(self.generator, packed["generator"])
+        sv.set_generator_state(self.generator, packed["generator"])
         return memory
 
     def _estimate(
@@ -151,7 +132,7 @@ class SABA(SingleLoop):
         evaluate: Callable[[Objective], tuple[float, Tree]],
         table: Table | None,
     ) -> tuple[float, Tree, Table]:
-        """Value and derivatives, exact where there is no table yet, and the table afterwards."""
+        """Return value, derivatives (exact where there is no table yet) and the new table."""
         if table is None:
             weights, parts = zip(*objective.parts(), strict=True)
             values, entries = zip(*map(evaluate, parts), strict=True)
@@ -199,13 +180,13 @@ def _batches(objective: Averaged) -> Sequence[Any]:
 class Table:
     """The last derivative of each of N batches, and their weighted mean ``Σ_i p_i entry_i``.
 
-    The mean is carried on in float64 (float32 on MPS, which has no float64), whatever the entries
-    are: each step rounds it once, and a rounding stays. In float32 those of the first steps, where
-    derivatives are large, would be the floor of all later ones; in float64, T steps leave about
-    ``√T · 1e-16`` of the largest entry, below what the entries themselves carry.
+    The mean is kept in float64 (float32 on MPS), whatever the entries are, because each step rounds
+    it once and the error stays. In float32 the errors of the first steps, where derivatives are
+    large, would limit all later ones. In float64, T steps leave about ``√T · 1e-16`` of the largest
+    entry, less than the rounding of the entries.
 
     Attributes:
-        entries: one a batch.
+        entries: one per batch.
         shares: ``p_i = w_i / Σ_j w_j``.
         mean: of the entries.
     """
@@ -216,7 +197,7 @@ class Table:
 
     @classmethod
     def of(cls, entries: Sequence[Tree], weights: Sequence[float]) -> Table:
-        """The table of the given entries."""
+        """Make the table of the given entries."""
         total = sum(weights)
         shares = tuple(weight / total for weight in weights)
         mean = tr.zeros_like(_wide(entries[0]))
@@ -225,10 +206,10 @@ class Table:
         return cls(tuple(entries), shares, mean)
 
     def replace(self, i: int, entry: Tree) -> tuple[Tree, Table]:
-        """The estimate ``N p_i (entry − entry_i) + mean``, and the table with ``entry`` at i.
+        """Return ``N p_i (entry − entry_i) + mean``, and the table with ``entry`` at i.
 
-        Unbiased for a uniform i. The new table shares all other entries with this one, which stays
-        as it is.
+        The estimate is unbiased for a uniform i. The new table shares all other entries with this
+        one, which does not change.
         """
         change = tr.subtract(_wide(entry), _wide(self.entries[i]))
         estimate = tr.add(self.mean, change, len(self.entries) * self.shares[i])
@@ -243,21 +224,18 @@ class Table:
 
     @classmethod
     def from_lists(cls, lists: Any, like: Tree, name: str) -> Table:
-        """The inverse of :meth:`to_lists`.
+        """Return the table that :meth:`to_lists` wrote, or raise ``ValueError``.
 
         Args:
             lists: what it returned.
             like: a tree of the structure, shapes and dtypes of an entry, on the devices to use.
             name: what to call ``lists`` in errors.
-
-        Raises:
-            ValueError: ``lists`` is no table of such entries.
         """
         if not isinstance(lists, list) or len(lists) < 3:
             raise ValueError(f"{name} must be a list of shares, mean and entries, got {lists!r}")
         count = torch.empty(len(lists) - 2, dtype=torch.float64)
-        shares = from_leaves(lists[0], count, f"the shares in {name}", "one number a batch")
-        mean, *entries = (from_leaves(row, like, name, "an entry") for row in lists[1:])
+        shares = sv.from_leaves(lists[0], count, f"the shares in {name}", "one number a batch")
+        mean, *entries = (sv.from_leaves(row, like, name, "an entry") for row in lists[1:])
         return cls(tuple(entries), tuple(shares.tolist()), _wide(mean))
 
 

@@ -15,22 +15,19 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class SOBA(SingleLoop):
-    """``v ← v − lr (H v − ∂_θ g)`` beside ``∂_θ f`` for θ and ``∂_φ g − (∂_φ F)ᵀ v`` for φ.
+    """``v ← v − lr (H v − ∂_θ g)``, with ``∂_θ f`` for θ and ``∂_φ g − (∂_φ F)ᵀ v`` for φ.
 
-    One inner gradient, one Hessian product and one outer gradient a step; no bias: its stationary
-    points are those of the bilevel problem. Dagréou et al. 2022, *A framework for bilevel
-    optimization that enables stochastic and global variance reduction algorithms*.
+    A step costs one inner gradient, one Hessian product and one outer gradient. There is no bias:
+    its stationary points are those of the bilevel problem. Dagréou et al. 2022, *A framework for
+    bilevel optimization that enables stochastic and global variance reduction algorithms*.
 
-    Step sizes: the paper takes one ρ for v and θ, and a fixed share of it for φ, constant for exact
-    derivatives and falling as 1/√k for sampled ones.
+    Step sizes: the paper takes one ρ for v and θ, and a fixed share of it for φ. They are constant
+    for exact derivatives and fall as 1/√k for sampled ones.
 
     Args:
         lr: step size of v, below ``2 / λ_max(H)``. ``None``: that of the inner optimiser, in a
             ``BilevelSolver``.
         mode: how the Hessian product is computed, see :func:`hypergrad.operators.hessian`.
-
-    Raises:
-        TypeError, ValueError: an option of the wrong kind or out of its range.
     """
 
     mode: Mode = "auto"
@@ -40,11 +37,9 @@ class SOBA(SingleLoop):
         check_choice(self.mode, "mode", get_args(Mode))
 
     def first_companion(self, params: Tree) -> Tree:
-        """V = 0."""
         return tr.zeros_like(params)
 
     def follow(self, problem: Problem, params: Tree, state: LoopState) -> Directions:
-        """One step of all three, each from where the last step ended."""
         v = state.companion
         value, gradient, product, mixed = problem.system(params, v, self.mode)
         outer_value, outer, direct = problem.outer(params)
