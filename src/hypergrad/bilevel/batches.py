@@ -1,8 +1,8 @@
-"""Batches for ever from a loader, at a position that can be taken up again.
+"""Endless batches from a loader, at a position from which a loop can resume.
 
-A pass over the loader starts from a seed of its own and draws from a random state of its own: which
-batch comes n-th depends on the seed and on n alone, not on what the objectives draw in between. To
-come back to a position is to start that pass again and to skip.
+A pass over the loader has its own seed and its own random state. Which batch comes n-th depends
+on the seed and n alone, not on what the objectives draw in between. To return to a position, the
+stream starts that pass again and skips.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from hypergrad.minibatches import check_batches
 
 @dataclass(frozen=True)
 class Failed:
-    """In the place of a batch: why there is none."""
+    """Stands for a batch that could not be drawn, with its error."""
 
     error: Exception
 
 
 class Stream:
-    """The batches of a loader, round and round, moved to a device.
+    """The batches of a loader, endlessly, moved to a device.
 
-    Generators that the loader or its samplers hold are seeded anew before each pass, and a sampler
-    with ``set_epoch`` is told its number. What the workers of a ``DataLoader`` draw is found again
-    as well, unless they are persistent: then their random states live on from pass to pass.
+    Before each pass it seeds the generators of the loader and its samplers, and tells a sampler
+    with ``set_epoch`` the number of the pass. It also restores what the workers of a ``DataLoader``
+    draw, unless they are persistent, since their random states live on from pass to pass.
 
     Args:
         loader: anything that can be iterated again and again; ``None`` is one batch, ``None``.
         name: what to call it in errors.
         seed: of all passes.
         device: where to move the tensors of a batch.
-        postpones: whether a batch that cannot be drawn comes as a :class:`Failed` one: other ranks
-            are waiting in the objective, and must hear of it there.
+        postpones: whether a batch that cannot be drawn comes as a :class:`Failed` one. Other ranks
+            wait in the objective then, and must learn of the error there.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Stream:
         return f"{self.name}, pass {self.epoch}, batch {self.position - 1}"
 
     def close(self) -> None:
-        """Let go of the present pass, and of the workers that serve it; the position stays."""
+        """Discard the present pass, and the workers that serve it; the position stays."""
         self.return_to(self.state_dict())
 
     def state_dict(self) -> dict[str, int]:
@@ -102,16 +102,15 @@ class Stream:
             raise ValueError(f"{name} must be a pass and a batch of it, got {state}")
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the pass again, and skip to the position.
+        """Start the pass again, and skip to the position.
 
-        Raises:
-            CheckpointError: the pass is shorter now.
+        It raises ``CheckpointError`` if the pass is now shorter.
         """
         self._seed = state["seed"]
         self._seek(state["epoch"], state["position"])
 
     def return_to(self, state: dict[str, int]) -> None:
-        """:meth:`load_state_dict` when the next batch is asked for."""
+        """Do :meth:`load_state_dict` when the next batch is needed."""
         self._iterator = None
         self._seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
@@ -193,7 +192,7 @@ class Stream:
 
 
 def _samplers(loader: Any) -> list[Any]:
-    """The loader and whatever draws its indices, each once."""
+    """The loader and all that draws its indices, each once."""
     batches = getattr(loader, "batch_sampler", None)
     parts = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
     return list({id(part): part for part in parts if part is not None}.values())

@@ -1,4 +1,4 @@
-"""What happened in each outer step, and all of them as one table."""
+"""The table of a loop: one record per outer step."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Record(Mapping[str, Value]):
 
     Attributes:
         step: its number, from 1.
-        inner_steps: how many steps of θ were made up to here.
+        inner_steps: how many steps of θ were made so far.
         inner_loss: the mean of f over the inner steps of this outer step, each before its update.
         outer_loss: g where the hypergradient was taken: before the update of φ.
         hypergradient_norm: ``‖dg/dφ‖₂`` before clipping.
-        seconds: what the step took, without callbacks.
+        seconds: the time of the step, without callbacks.
         inner_lr: learning rate of θ, where it is one number.
-        outer_lr: of φ, likewise.
-        inner_grad_norm: ``‖∂_θ f‖₂`` where the hypergradient was taken: what is left of the inner
-            problem.
+        outer_lr: learning rate of φ, where it is one number.
+        inner_grad_norm: ``‖∂_θ f‖₂`` where the hypergradient was taken: how far θ is from a
+            solution.
         status: how the linear solve ended, where there is one: the name of a :class:`hg.Status`.
         iterations: of the solve.
         matvecs: products with second derivatives.
@@ -66,11 +66,7 @@ class Record(Mapping[str, Value]):
     hparams: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Value:
-        """The entry of one column: a field, or the name of a metric or of an outer parameter.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
+        """Return the entry of a column: a field, a metric, an outer parameter; or ``KeyError``."""
         return self.row()[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -87,7 +83,7 @@ class Record(Mapping[str, Value]):
         return {key: None if value != value else value for key, value in every.items()}
 
     def with_metrics(self, metrics: Mapping[str, float]) -> Record:
-        """This record, and what a callback found out."""
+        """Return this record with the metrics of a callback."""
         return replace(self, metrics={**self.metrics, **metrics})
 
 
@@ -122,7 +118,7 @@ class History(Sequence[Record]):
         self._hparams: list[str] = []
 
     def append(self, record: Record) -> None:
-        """Add a row; a column that is new is empty above it."""
+        """Add a row; a new column is empty above it."""
         for name in record.hparams:
             if name not in self._columns:
                 self._hparams.append(name)
@@ -143,7 +139,7 @@ class History(Sequence[Record]):
 
     @property
     def columns(self) -> list[str]:
-        """Their names; those without any entry are left out."""
+        """The names of the columns that have an entry."""
         used = [
             name
             for name, column in self._columns.items()
@@ -166,10 +162,9 @@ class History(Sequence[Record]):
     def __getitem__(self, key: slice) -> list[Record]: ...
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        """A column by its name (``None`` where there was nothing), or records by their number.
+        """Return a column by name (``None`` where it is empty), or records by number.
 
-        Raises:
-            KeyError, IndexError: there is none.
+        It raises ``KeyError`` or ``IndexError`` where there is none.
         """
         if isinstance(key, str):
             if key in self._words:
@@ -194,20 +189,22 @@ class History(Sequence[Record]):
         return Record(**own, metrics=rest, hparams=hparams)
 
     def best(self, column: str = "outer_loss", *, mode: Literal["min", "max"] = "min") -> Record:
-        """The record where a column is at its least, or largest; the first of several.
+        """The record where a column is least, or largest; the first of several.
 
-        ``outer_loss`` is taken before the update of φ: ``hg.bilevel.KeepBest`` knows the φ that it
+        ``outer_loss`` is taken before the update of φ: ``hg.bilevel.KeepBest`` keeps the φ that it
         belongs to.
 
         Raises:
             KeyError: there is no such column.
-            ValueError: it has no number, or ``mode`` is neither.
+            ValueError: the column has no number, or ``mode`` is neither.
         """
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         sign = 1.0 if mode == "min" else -1.0
         entries = self[column]
-        numbers = [(sign * value, i) for i, value in enumerate(entries) if _is_number(value)]
+        numbers = [
+            (sign * value, i) for i, value in enumerate(entries) if isinstance(value, (int, float))
+        ]
         if not numbers:
             raise ValueError(f"column must hold numbers, got {column!r} with none")
         return self[min(numbers)[1]]
@@ -257,7 +254,7 @@ class History(Sequence[Record]):
             raise ValueError("the history must have a list of columns that are outer parameters")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
+        """Take the table that :meth:`state_dict` returned."""
         columns = state["columns"].items()
         self._columns = {name: array("d", values.tolist()) for name, values in columns}
         self._words = {
@@ -271,10 +268,6 @@ _WORDS: dict[str, list[str | None]] = {
     "verification": [None, *(verdict.name for verdict in Verdict)],
 }
 _COUNTS = ("step", "inner_steps", "iterations", "matvecs")
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value, (int, float))
 
 
 def _entry(name: str, number: float) -> Value:

@@ -1,4 +1,4 @@
-"""A picture of what happened in a loop."""
+"""A picture of the history of a loop."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NAMED = 10
 def plot(history: History, path: Path | str | None = None) -> Figure:
     """Draw both losses, the norms, the linear solves, the outer parameters, and the metrics.
 
-    What the history does not have is left out of the picture. Losses that fall over more than a
-    decade, and norms and residuals that are never zero, are drawn on logarithmic axes.
+    Panels without data are left out. Losses that fall over more than a decade, and norms and
+    residuals that are never zero, have logarithmic axes.
 
     Args:
         history: ``solver.history``.
@@ -109,7 +109,7 @@ def _hparams(axes: Axes, history: History) -> None:
     names = history.hparams
     few = len(names) <= _NAMED
     for i, name in enumerate(names):
-        _line(axes, history, name, label=name if few else None, color=None if few else _shade(i))
+        _line(axes, history, name, label=name if few else None, color=None if few else f"C{i % 10}")
     axes.set_title("Outer parameters" if few else f"{len(names)} outer parameters")
     if few:
         axes.legend(fontsize="small")
@@ -123,7 +123,7 @@ def _others(axes: Axes, history: History) -> None:
 
 
 def _metrics(history: History) -> list[str]:
-    """The columns that objectives and evaluations have added, losses apart."""
+    """The columns that objectives and evaluations have added, without losses."""
     apart = history.hparams
     return [
         name
@@ -133,13 +133,9 @@ def _metrics(history: History) -> list[str]:
 
 
 def _line(axes: Any, history: History, name: str, **look: Any) -> list[float]:
-    """Draw one column where it has entries; these."""
+    """Draw the entries of a column, and return them."""
     pairs = zip(history["step"], history[name], strict=True)
     present = [(step, value) for step, value in pairs if value is not None]
     steps, values = map(list, zip(*present, strict=True))
     axes.plot(steps, values, marker="." if len(values) < 3 else None, **look)
     return values
-
-
-def _shade(i: int) -> str:
-    return f"C{i % 10}"

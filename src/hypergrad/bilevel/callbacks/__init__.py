@@ -1,4 +1,4 @@
-"""What listens to a loop: progress, logs, checkpoints, evaluation, reasons to stop."""
+"""Callbacks of a loop: progress, logs, checkpoints, evaluation, reasons to stop."""
 
 from hypergrad.bilevel.callbacks.base import Callback
 from hypergrad.bilevel.callbacks.best import KeepBest

@@ -1,4 +1,4 @@
-"""What may listen to a loop."""
+"""The contract of a callback, and what it sees of the loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypergrad.tree import Tree
 
 
 class Solver(Protocol):
-    """What a callback sees of a :class:`hypergrad.BilevelSolver`, whose page explains each."""
+    """What a callback may use of a :class:`hypergrad.BilevelSolver`, whose page explains each."""
 
     inner: Level
     outer: Level
@@ -37,7 +37,7 @@ class Solver(Protocol):
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Those of θ and φ."""
+        """The modules of θ and φ."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -45,17 +45,17 @@ class Solver(Protocol):
 
     @property
     def outer_step(self) -> int:
-        """How many outer steps were made."""
+        """The number of outer steps so far."""
 
     @property
     def inner_step(self) -> int:
-        """How many inner steps were made."""
+        """The number of inner steps so far."""
 
     def stop(self, reason: str = "stopped") -> None:
         """End the loop after the present step."""
 
     def save(self, path: Path | str) -> None:
-        """Write everything."""
+        """Write the whole state to a checkpoint."""
 
 
 class Callback:
@@ -64,35 +64,36 @@ class Callback:
     Each method takes the solver as ``solver``. (Its type is ``Any`` here, so that a subclass may
     write ``hg.BilevelSolver``.)
 
-    After each outer step every callback may :meth:`measure`; then the row enters the history, and
-    every callback hears of it by :meth:`on_step`, those that save the solver's state last.
-    ``solver.stop()`` ends the loop after the step.
+    After each outer step every callback may :meth:`measure`. Then the row enters the history, and
+    :meth:`on_step` of every callback takes it, those that save the solver's state last.
+    ``solver.stop()`` ends the loop after the step. A callback checks its arguments when it is made:
+    it raises ``TypeError`` for one of the wrong type and ``ValueError`` for one out of its range.
 
     Attributes:
-        saves: whether :meth:`on_step` saves the solver's state, that of other callbacks included.
-        first_rank_only: whether it only shows or writes something, which the first of several ranks
-            does for all; it must not communicate then.
+        saves: whether :meth:`on_step` saves the solver's state, with that of other callbacks.
+        first_rank_only: whether it only shows or writes something. Then the first of several ranks
+            calls it for all, and it must not communicate.
     """
 
     saves: ClassVar[bool] = False
     first_rank_only: ClassVar[bool] = False
 
     def on_start(self, solver: Any) -> None:
-        """The loop begins, perhaps not at its first step."""
+        """Called when the loop begins, perhaps not at its first step."""
 
     def measure(self, solver: Any, record: Record) -> Mapping[str, float]:
-        """Metrics to add to the step's row."""
+        """Return metrics to add to the step's row."""
         return {}
 
     def on_step(self, solver: Any, record: Record) -> None:
-        """A step is done, and its row complete."""
+        """Called when a step is done and its row complete."""
 
     def on_end(self, solver: Any, error: BaseException | None) -> None:
-        """The loop ends: as planned, stopped, left by the user, or with an error."""
+        """Called when the loop ends: as planned, stopped, interrupted, or with an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed loop needs to know, in plain containers."""
+        """Return what a resumed loop needs to know, in plain containers."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Continue from what :meth:`state_dict` returned."""

@@ -1,8 +1,7 @@
-"""Checkpoints while the loop runs."""
+"""A callback that writes checkpoints while the loop runs."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,28 +10,25 @@ from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.checkpoints import files
 from hypergrad.bilevel.checkpoints.store import checkpoints, step_of
 from hypergrad.bilevel.history import Record
-from hypergrad.errors import CheckpointWarning
+from hypergrad.errors import CheckpointWarning, warn
 
 
 class Checkpoint(Callback):
     """Save the solver's whole state every so many outer steps, and when the loop ends.
 
-    A file, or with several ranks a folder (``step-00000012.dcp``), appears whole or not at all.
-    It carries a checksum of its content, without which it is not read. Where it cannot be written
-    (a full disk), a :class:`CheckpointWarning` says why, the earlier ones stay, and the loop goes
-    on. A loop that ends with an error saves nothing: the last good state is the one to go back to.
-    To go on from the newest good one: ``solver.resume(folder)``.
+    A file, or with several ranks a folder (``step-00000012.dcp``), appears whole or not at all. It
+    carries a checksum of its content, and is not read without it. Where it cannot be written (a
+    full disk), a :class:`CheckpointWarning` says why, the earlier checkpoints stay, and the loop
+    goes on. A loop that ends with an error saves nothing, so that the newest checkpoint is a good
+    state. ``solver.resume(folder)`` continues from it.
 
     Args:
-        folder: where the files go, ``step-00000012.pt`` and so on; made if need be. A relative one
-            is that of the directory in which the callback was made.
-        every: outer steps between them.
+        folder: where the files go, ``step-00000012.pt`` and so on; made if need be. A relative path
+            counts from the directory in which the callback was made.
+        every: outer steps between checkpoints.
         keep: how many of the newest to keep.
-        overwrite: whether a loop that starts before the newest of the folder removes those that are
-            later; otherwise it is refused.
-
-    Raises:
-        TypeError, ValueError: a count is no integer or below 1.
+        overwrite: whether a loop that starts before the newest checkpoint of the folder removes the
+            later ones; otherwise it raises ``ValueError``.
     """
 
     saves: ClassVar[bool] = True
@@ -42,7 +38,7 @@ class Checkpoint(Callback):
     ) -> None:
         check_count(every, "every")
         check_count(keep, "keep")
-        # Once: a program that changes its directory meanwhile goes on in the same folder.
+        # Absolute: the folder stays the same if the program changes its directory.
         self._folder = Path(folder).absolute()
         self._every = every
         self._keep = keep
@@ -50,11 +46,11 @@ class Checkpoint(Callback):
         self._saved: tuple[int, int] | None = None
 
     def on_start(self, solver: Solver) -> None:
-        """Clear away what a killed process left half written.
+        """Remove what a killed process left half written.
 
         Raises:
             ValueError: the folder holds later steps than the solver's, of another run or of one
-                that was not resumed: the next resumption would take them for this one's.
+                that was not resumed; the next resumption would take them for this run's.
         """
         if solver.is_first_rank:
             files.remove_leftovers(self._folder)
@@ -70,12 +66,10 @@ class Checkpoint(Callback):
             )
 
     def on_step(self, solver: Solver, record: Record) -> None:
-        """Save, where it is time to."""
         if record.step % self._every == 0:
             self._save(solver)
 
     def on_end(self, solver: Solver, error: BaseException | None) -> None:
-        """Save what was done since the last time."""
         if error is None and (solver.outer_step, solver.inner_step) != self._saved:
             self._save(solver)
 
@@ -84,10 +78,9 @@ class Checkpoint(Callback):
         try:
             solver.save(path)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{path} could not be written ({error}); the checkpoints before it stay",
                 CheckpointWarning,
-                stacklevel=2,
             )
             return
         self._saved = solver.outer_step, solver.inner_step
@@ -100,10 +93,6 @@ class Checkpoint(Callback):
             try:
                 files.remove(path)
             except FileNotFoundError:
-                continue  # Another process that writes here was faster.
+                continue  # Another process removed it first.
             except OSError as error:
-                warnings.warn(
-                    f"{path} could not be removed ({error}); the loop goes on",
-                    CheckpointWarning,
-                    stacklevel=2,
-                )
+                warn(f"{path} could not be removed ({error}); the loop goes on", CheckpointWarning)

@@ -1,4 +1,4 @@
-"""Metrics on other data than the two levels see."""
+"""A callback that evaluates on other data than the two levels see."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hypergrad.minibatches import check_batches
 class Evaluation(Callback):
     """The mean of an objective over a third loader, every so many outer steps.
 
-    Modules of the solver are in evaluation mode meanwhile, and neither their buffers nor the random
-    state change. The row gets ``"name/loss"``, and ``"name/metric"`` for each metric.
+    Meanwhile the solver's modules are in evaluation mode; their buffers and the random state do not
+    change. The row gets ``"name/loss"``, and ``"name/metric"`` for each metric.
 
     Args:
         objective: ``h(params, hparams, batch)``, a scalar or ``(scalar, metrics)``; it gets modules
@@ -32,10 +32,7 @@ class Evaluation(Callback):
         loader: anything that can be iterated again and again.
         name: of the columns.
         every: how many outer steps from one evaluation to the next.
-        weight: ``weight(batch)``, such as the number of samples; ``None`` counts all alike.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+        weight: ``weight(batch)``, such as the number of samples; ``None`` weights all alike.
     """
 
     def __init__(
@@ -57,7 +54,6 @@ class Evaluation(Callback):
         self._weight = weight
 
     def measure(self, solver: Solver, record: Record) -> Mapping[str, float]:
-        """The means, where it is time for them."""
         if record.step % self._every:
             return {}
         params, hparams = tr.detach(solver.params), tr.detach(solver.hparams)
@@ -85,7 +81,7 @@ class Evaluation(Callback):
 
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Modules in evaluation mode, and each of their parts as it was afterwards."""
+    """Put modules into evaluation mode, and all their parts back into their mode afterwards."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for part, _ in modes:
         part.training = False

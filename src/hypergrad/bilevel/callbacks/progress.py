@@ -1,4 +1,4 @@
-"""A bar in the terminal."""
+"""A callback that draws a progress bar in the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ class ProgressBar(Callback):
         self._bar: Any = None
 
     def on_start(self, solver: Solver) -> None:
-        """Draw the bar, from the step where the loop is."""
         self._bar = self._make(
             total=solver.outer_steps,
             initial=solver.outer_step,
@@ -41,27 +40,25 @@ class ProgressBar(Callback):
         )
 
     def on_step(self, solver: Solver, record: Record) -> None:
-        """One step further."""
         self._bar.set_postfix_str(summary(record), refresh=False)
         self._bar.update()
 
     def on_end(self, solver: Solver, error: BaseException | None) -> None:
-        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
-# tqdm's own leaves no room for the bar beside the losses, in a terminal of 80 columns.
+# In a terminal of 80 columns tqdm's own format leaves no room for the bar next to the losses.
 _FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 def summary(record: Record) -> str:
-    """The losses, and the receipt of the solve, in a few words."""
+    """The losses and the receipt of the solve as a short text."""
     text = f"inner {record.inner_loss:#.4g}, outer {record.outer_loss:#.4g}"
     if record.status is None:
         return text
     text += f", {record.status} in {record.iterations}"
     residual = record.relative_residual
-    # Where it converged the residual is what was asked for.
+    # Where the solve converged, the residual met the tolerance.
     known = residual is None or record.status == Status.CONVERGED.name
     return text if known else f"{text}, residual {residual:.0e}"

@@ -1,4 +1,4 @@
-"""The history as a file that grows with each step."""
+"""Callbacks that write the history to a file, row by row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from io import FileIO
@@ -16,7 +15,7 @@ from typing import ClassVar
 
 from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record, Value
-from hypergrad.errors import CheckpointWarning
+from hypergrad.errors import CheckpointWarning, warn
 
 Row = dict[str, Value]
 
@@ -24,14 +23,14 @@ Row = dict[str, Value]
 class TableFile(Callback):
     """A file with a row for each outer step, written as the step ends.
 
-    A loop that resumes goes on below the row of its step: later ones, which it will make again, are
-    dropped, and so is a last row that was cut off. A loop that starts at step 0 starts the file
-    again. Where the file cannot be written (a full disk), a :class:`CheckpointWarning` says why,
-    the loop goes on, and the rows that are missing are written with the next one.
+    A loop that resumes continues below the row of its step: later rows, which it will make again,
+    are dropped, as is a last row that was cut off. A loop that starts at step 0 starts a new file.
+    Where the file cannot be written (a full disk), a :class:`CheckpointWarning` says why, the loop
+    goes on, and the missing rows are written with the next one.
 
     Args:
-        path: the file; its folder is made if need be. A relative one is that of the directory in
-            which the callback was made; of a symbolic link, the file that it points to.
+        path: the file; its folder is made if need be. A relative path counts from the directory in
+            which the callback was made. A symbolic link stands for the file that it points to.
     """
 
     first_rank_only: ClassVar[bool] = True
@@ -43,26 +42,18 @@ class TableFile(Callback):
 
     @abstractmethod
     def read(self) -> list[Row]:
-        """The rows in the file.
-
-        Raises:
-            ValueError: a line that is not the last one is broken.
-        """
+        """Return the rows in the file; ``ValueError`` if a line before the last one is broken."""
 
     @abstractmethod
     def render(self, rows: list[Row]) -> str:
-        """The whole file."""
+        """Return the text of the whole file."""
 
     @abstractmethod
     def render_row(self, row: Row) -> str | None:
-        """One more row, or ``None`` if the whole file must be written again for it."""
+        """Return one more row, or ``None`` if the whole file must be written again for it."""
 
     def on_start(self, solver: Solver) -> None:
-        """Drop the rows that will be made again.
-
-        Raises:
-            ValueError: the file has a broken line that is not the last one.
-        """
+        """Drop the rows that will be made again; raise ``ValueError`` as :meth:`read`."""
 
         def begin() -> None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +63,10 @@ class TableFile(Callback):
         self._try(begin)
 
     def on_step(self, solver: Solver, record: Record) -> None:
-        """Write the row."""
-
         def write() -> None:
             text = None if self._behind else self.render_row(record.row())
             if text is None:
-                # Not from the file, which may have lost some: the history has all, this one too.
+                # The file may have lost rows. The history has all rows, this one included.
                 self._rewrite([past.row() for past in solver.history])
             else:
                 self._write(text)
@@ -85,7 +74,6 @@ class TableFile(Callback):
         self._try(write)
 
     def on_end(self, solver: Solver, error: BaseException | None) -> None:
-        """Close the file."""
         if self._behind and len(solver.history):
             self._try(lambda: self._rewrite([past.row() for past in solver.history]))
         self._close()
@@ -96,12 +84,11 @@ class TableFile(Callback):
         except OSError as error:
             self._behind = True
             self._close()
-            # The same words each time, so that Python's filter shows them once.
-            warnings.warn(
+            # The same message each time, so that Python's filter shows it once.
+            warn(
                 f"{self.path} could not be written ({error}); the loop goes on, and the missing "
                 "rows are written when that works again",
                 CheckpointWarning,
-                stacklevel=3,
             )
 
     def _rewrite(self, rows: list[Row]) -> None:
@@ -109,7 +96,7 @@ class TableFile(Callback):
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_bytes(_encoded(self.render(rows)))
         temporary.replace(self.path)
-        # Without a buffer: what could not be written is not tried again when the file is closed.
+        # Without a buffer, which close() would try to write again.
         self._file = self.path.open("ab", buffering=0)
         self._behind = False
 
@@ -126,11 +113,7 @@ class TableFile(Callback):
             self._file = None
 
     def _rows(self, lines: Sequence[bytes], parse: Callable[[str], Row], first: int) -> list[Row]:
-        """Each line parsed; the last one is left out if it is broken.
-
-        Raises:
-            ValueError: an earlier one is broken.
-        """
+        """Parse each line; a broken last line is left out, an earlier one is a ``ValueError``."""
         rows = []
         for number, line in enumerate(lines, first):
             try:
@@ -144,7 +127,7 @@ class TableFile(Callback):
         return rows
 
     def _lines(self) -> list[bytes]:
-        """The lines of the file; what follows the last line break was cut off."""
+        """The lines of the file, without what follows the last line break, which was cut off."""
         return self.path.read_bytes().split(b"\n")[:-1]
 
     def _broken(self, number: int, error: Exception) -> ValueError:
@@ -157,7 +140,8 @@ class TableFile(Callback):
 class CSV(TableFile):
     """Comma-separated values, with a header; an entry that is missing is empty.
 
-    Control characters in the names of metrics, such as line breaks, are escaped.
+    Control characters in the names of metrics, such as line breaks, are escaped. ``read`` returns
+    numbers as text.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -165,11 +149,6 @@ class CSV(TableFile):
         self._names: list[str] = []
 
     def read(self) -> list[Row]:
-        """The rows in the file; numbers stay the words that were written.
-
-        Raises:
-            ValueError: a line that is not the last one is broken.
-        """
         lines = self._lines()
         if not lines:
             return []
@@ -184,14 +163,12 @@ class CSV(TableFile):
         return self._rows(lines[1:], parse, 2)
 
     def render(self, rows: list[Row]) -> str:
-        """The header and the rows."""
         rows = [{_escaped(name): value for name, value in row.items()} for row in rows]
         self._names = list(dict.fromkeys(name for row in rows for name in row))
         header: Row = {name: name for name in self._names}
         return "".join(self._line(row) for row in [header, *rows])
 
     def render_row(self, row: Row) -> str | None:
-        """A line, if the header has all of its columns."""
         row = {_escaped(name): value for name, value in row.items()}
         return self._line(row) if row.keys() <= set(self._names) else None
 
@@ -209,24 +186,17 @@ class JSONL(TableFile):
     """One JSON object per line; an entry that is missing is null."""
 
     def read(self) -> list[Row]:
-        """The rows in the file.
-
-        Raises:
-            ValueError: a line that is not the last one is broken.
-        """
         return self._rows(self._lines(), json.loads, 1)
 
     def render(self, rows: list[Row]) -> str:
-        """All rows."""
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def render_row(self, row: Row) -> str | None:
-        """A line."""
         return json.dumps(row) + "\n"
 
 
 def _cells(line: str) -> list[str]:
-    # No cell holds a line break: names are escaped, and a status is a word.
+    # No cell holds a line break: names are escaped, and a status has none.
     (cells,) = csv.reader([line], strict=True)
     return cells
 

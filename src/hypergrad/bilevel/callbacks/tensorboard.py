@@ -1,4 +1,4 @@
-"""Curves for TensorBoard."""
+"""A callback that writes curves for TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TensorBoard(Callback):
     """Every number of every row as a scalar in event files, for ``tensorboard --logdir folder``.
 
     Args:
-        folder: where the event files go. A relative one is that of the directory in which the
+        folder: where the event files go. A relative path counts from the directory in which the
             callback was made.
         options: for ``torch.utils.tensorboard.SummaryWriter``.
 
@@ -38,12 +38,11 @@ class TensorBoard(Callback):
         self._writer: Any = None
 
     def on_start(self, solver: Solver) -> None:
-        """Begin a file; what earlier ones hold of steps to come is not shown any more."""
+        """Begin a file; hide what earlier files hold of steps to come."""
         options = {"purge_step": solver.outer_step + 1} | self._options
         self._writer = self._make(self._folder, **options)
 
     def on_step(self, solver: Solver, record: Record) -> None:
-        """Write the numbers."""
         row = record.row()
         for name in record.hparams:
             # TensorBoard groups by what stands before the slash.
@@ -53,6 +52,5 @@ class TensorBoard(Callback):
                 self._writer.add_scalar(name, value, record.step)
 
     def on_end(self, solver: Solver, error: BaseException | None) -> None:
-        """Close the file."""
         if self._writer is not None:
             self._writer.close()

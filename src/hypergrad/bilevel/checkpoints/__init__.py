@@ -1,1 +1,1 @@
-"""Where a loop is written and read: one file, or one folder of the files of all ranks."""
+"""Checkpoints of a loop: one file, or one folder of the files of all ranks."""

@@ -1,7 +1,7 @@
-"""Checkpoint files: written whole or not at all, and read only if every byte is the one written.
+"""Checkpoint files, written whole or not at all, and read only if their checksum is right.
 
-A file is what ``torch.save`` writes, a ZIP archive, whose comment is the SHA-256 of all before it:
-``torch.load`` and any other reader of archives take it as it is.
+A file is what ``torch.save`` writes: a ZIP archive. Its comment is the SHA-256 of all before it.
+``torch.load`` and other readers of archives can read it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _CHUNK = 2**20
 def write(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` so that ``path`` holds either what it held before or all of it.
 
-    A temporary file in the same folder is written, flushed to the disk and renamed.
+    It writes a temporary file in the same folder, flushes it to the disk and renames it.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
-        TypeError: ``state`` holds something that :func:`read` would refuse; ``path`` is as it was.
+        OSError: the disk is full, or the folder cannot be written; ``path`` is unchanged.
+        TypeError: ``state`` holds something that :func:`read` would refuse; ``path`` is unchanged.
     """
     check_plain(state, "the state")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In memory first: torch.save reports a full disk in words of its own.
+    # In memory first, because torch.save raises an error of its own for a full disk.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
     content = buffer.getbuffer()
@@ -63,7 +63,7 @@ def write(state: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state in a file, its tensors on the CPU.
+    """Return the state in a file, its tensors on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -120,9 +120,9 @@ def _verify(file: BinaryIO, path: Path) -> None:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise unless ``torch.load(weights_only=True)`` takes all of ``value``.
+    """Raise ``TypeError`` unless ``torch.load(weights_only=True)`` takes all of ``value``.
 
-    Exactly these types: a NumPy float is a float, but is not saved as one.
+    The types must match exactly: a NumPy float is a float, but is not saved as one.
     """
     kind = type(value)
     if kind in (dict, OrderedDict, Counter):
@@ -142,14 +142,14 @@ _PLAIN = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left half written."""
+    """Remove what killed processes left half written."""
     for leftover in folder.glob("step-*.tmp"):
         with contextlib.suppress(OSError):
             remove(leftover)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder, if it is there; of a symbolic link, the link."""
+    """Remove a checkpoint, file or folder, if it exists; of a symbolic link, the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -157,8 +157,8 @@ def remove(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have what was renamed in it on the disk."""
-    # Without this the rename itself may be lost with the power. Windows cannot open folders.
+    """Flush the names in a folder to the disk."""
+    # Without it a power cut may lose the rename. Windows cannot open folders.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

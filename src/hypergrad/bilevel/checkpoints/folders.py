@@ -1,8 +1,8 @@
 """Checkpoints of several ranks: a folder that ``torch.distributed.checkpoint`` writes.
 
-Each rank writes what it has of the tensors, and any number of ranks reads them again. The rest of
-the state is one small file in the same folder, in which a tensor is a number. That file also has
-the SHA-256 of every other one.
+Each rank writes its parts of the tensors, and any number of ranks can read them. One small file
+in the same folder holds the rest of the state, with a number for each tensor, and the SHA-256 of
+every other file.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ _TENSOR = "hypergrad tensor"
 
 
 def write(state: dict[str, Any], path: Path, ranks: Ranks) -> None:
-    """Write ``state`` so that ``path`` holds either what it held before or all of it; on all ranks.
+    """Write ``state`` on all ranks so that ``path`` holds either what it held before or all of it.
 
-    Raises:
-        OSError: it cannot be written; ``path`` is as it was.
-        TypeError: ``state`` holds something that :func:`read` would refuse; likewise.
+    It raises as :func:`hypergrad.bilevel.checkpoints.files.write` does.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -71,10 +69,9 @@ def write(state: dict[str, Any], path: Path, ranks: Ranks) -> None:
 
 
 def read(path: Path, params: Tree, ranks: Ranks | None) -> dict[str, Any]:
-    """The state in a folder, sharded like ``params`` where it was sharded when it was written.
+    """Return the state in a folder, sharded like ``params`` where it was sharded before.
 
-    Raises:
-        CheckpointError: it is damaged, foreign, or of a later version.
+    It raises ``CheckpointError`` if the folder is damaged, foreign, or of a later version.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -109,7 +106,7 @@ def read(path: Path, params: Tree, ranks: Ranks | None) -> dict[str, Any]:
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
-    """The SHA-256 of some files."""
+    """The SHA-256 of the named files."""
     found = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -118,7 +115,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """``value`` with a description in the place of each tensor."""
+    """Return ``value`` with a description in place of each tensor."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach()
@@ -140,7 +137,7 @@ def _placements(tensor: Tensor) -> list[int | None] | None:
 
 
 def _with_tensors(value: Any, tensors: dict[str, Tensor], sharded: Any) -> Callable[[], Any]:
-    """How to build the state once empty tensors, which are put into ``tensors``, are filled."""
+    """Put empty tensors into ``tensors``, and return a function that builds the state from them."""
     if isinstance(value, dict) and _TENSOR in value:
         key = value[_TENSOR]
         tensors[key] = _empty(value, sharded)

@@ -1,7 +1,7 @@
 """Where ``torch.distributed.checkpoint`` put the parts of each tensor, in plain containers.
 
-It writes that into a pickle, ``.metadata``, which could run any code when it is read. We keep the
-same numbers in our own file and never read the pickle.
+PyTorch writes that into a pickle, ``.metadata``, which can run any code when it is read. We keep
+the same numbers in our own file and never read the pickle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Part = list[Any]
 
 
 def parts_of(metadata: Metadata) -> dict[str, list[Part]]:
-    """The parts of each tensor, from what ``torch.distributed.checkpoint.save`` returned."""
+    """Return the parts of each tensor, from the result of ``torch.distributed.checkpoint.save``."""
     found: dict[str, list[Part]] = {}
     for place, stored in metadata.storage_data.items():
         entry = metadata.state_dict_metadata[place.fqn]
@@ -47,13 +47,13 @@ def parts_of(metadata: Metadata) -> dict[str, list[Part]]:
 
 
 class Reader(FileSystemReader):
-    """Reads tensors from a folder by what :func:`parts_of` returned.
+    """Reads tensors from a folder by the result of :func:`parts_of`.
 
     Args:
         path: the folder.
         parts: of each tensor.
-        tensors: to be filled; their shapes and dtypes are those that were saved.
-        files: in the folder that may be read.
+        tensors: to be filled; they have the shapes and dtypes that were saved.
+        files: the files in the folder that may be read.
 
     Raises:
         ValueError: ``parts`` are not those of ``tensors``, or are in other files.
@@ -84,7 +84,7 @@ class Reader(FileSystemReader):
                 raise ValueError(f"tensor {key} must have parts of {tensor.numel()} elements")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What is known already, where the base class would read a pickle."""
+        """Return the known metadata, where the base class would read a pickle."""
         return self._known
 
 
@@ -94,5 +94,5 @@ def _inside(offsets: Any, sizes: Any, tensor: Tensor) -> bool:
 
 
 def plain_name(name: Any) -> bool:
-    """Whether ``name`` is one of a file in the folder itself, not a path to elsewhere."""
+    """Whether ``name`` is a file in the folder itself, not a path to elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name

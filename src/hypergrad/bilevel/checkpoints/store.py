@@ -1,8 +1,7 @@
-"""Where the checkpoints of a loop are: files of one process, or folders of several ranks."""
+"""The checkpoints of a loop: files of one process, or folders of several ranks."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 
 from hypergrad.bilevel.checkpoints import files, folders
 from hypergrad.distributed.ranks import Ranks
-from hypergrad.errors import CheckpointError, CheckpointWarning
+from hypergrad.errors import CheckpointError, CheckpointWarning, warn
 from hypergrad.tree import Tree
 
 Result = TypeVar("Result")
@@ -18,32 +17,23 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Store:
-    """Writes, finds and reads checkpoints.
-
-    Attributes:
-        ranks: that write a folder together; ``None`` writes a file.
-    """
+    """Writes, finds and reads checkpoints: files, or folders that ``ranks`` write together."""
 
     ranks: Ranks | None
 
     def path(self, folder: Path, step: int) -> Path:
-        """Where the checkpoint after an outer step goes."""
+        """The path of the checkpoint after an outer step."""
         return folder / f"step-{step:08d}.{'pt' if self.ranks is None else 'dcp'}"
 
     def write(self, state: dict[str, Any], path: Path) -> None:
-        """Write ``state`` whole, or leave ``path`` as it was.
-
-        Raises:
-            OSError: it cannot be written.
-            TypeError: ``state`` holds something that a checkpoint cannot hold.
-        """
+        """Write ``state`` whole, or leave ``path`` and raise ``OSError`` or ``TypeError``."""
         if self.ranks is None:
             files.write(state, path)
         else:
             folders.write(state, path, self.ranks)
 
     def read(self, path: Path, params: Tree) -> dict[str, Any]:
-        """What either of them wrote, sharded like ``params`` where it was sharded.
+        """Return the state in a file or folder, sharded like ``params`` where it was sharded.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -51,7 +41,7 @@ class Store:
         """
         if self.ranks is None:
             return folders.read(path, params, None) if path.is_dir() else files.read(path)
-        # As the first rank sees it: ranks that took different ways would wait for each other.
+        # As the first rank sees it: ranks that branch differently would wait for each other.
         there, folder = self.ranks.gathered((path.exists(), path.is_dir()))[0]
         if not there:
             raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -60,11 +50,7 @@ class Store:
         return self.together(lambda: files.read(path))
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """``work()``; if it raises on one rank, all raise.
-
-        Raises:
-            CheckpointError: it failed.
-        """
+        """Return ``work()``; if it fails on one rank, raise ``CheckpointError`` on all."""
         try:
             return work() if self.ranks is None else self.ranks.together(work)
         except CheckpointError:
@@ -75,12 +61,10 @@ class Store:
     def load_newest(
         self, folder: Path, params: Tree, restore: Callable[[dict[str, Any], Path], None]
     ) -> bool:
-        """Hand the newest checkpoint that can be loaded to ``restore``; whether there was one.
+        """Pass the newest checkpoint that loads to ``restore``; return whether there was one.
 
-        Those that cannot are set aside under another name, with a warning.
-
-        Raises:
-            CheckpointError: none of them can be loaded; why not the newest.
+        Those that cannot be loaded are renamed, with a warning. If none can be loaded, it raises
+        the ``CheckpointError`` of the newest.
         """
         failed: list[tuple[Path, Exception, str]] = []
         for path in self.found(folder):
@@ -93,7 +77,7 @@ class Store:
                 failed.append((path, error, aside))
                 continue
             for bad, why, suffix in failed:
-                warnings.warn(f"{why}; {path} is used", CheckpointWarning, stacklevel=3)
+                warn(f"{why}; {path} is used", CheckpointWarning)
                 if self.ranks is None or self.ranks.rank == 0:
                     _set_aside(bad, suffix)
             return True
@@ -103,7 +87,7 @@ class Store:
         return False
 
     def found(self, folder: Path) -> list[Path]:
-        """:func:`checkpoints`, as the first rank sees them."""
+        """The result of :func:`checkpoints` on the first rank."""
         here = checkpoints(folder)
         return here if self.ranks is None else self.ranks.gathered(here)[0]
 
@@ -115,7 +99,7 @@ def _set_aside(path: Path, suffix: str) -> None:
         files.remove(aside)
         path.replace(aside)
     except OSError as error:
-        warnings.warn(f"{path} could not be renamed ({error})", CheckpointWarning, stacklevel=4)
+        warn(f"{path} could not be renamed ({error})", CheckpointWarning)
 
 
 def checkpoints(folder: Path) -> list[Path]:
