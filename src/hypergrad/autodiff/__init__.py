@@ -1,7 +1,7 @@
-"""How PyTorch is made to differentiate a user's function twice, and to leave no trace.
+"""Differentiate a user's function twice, without side effects.
 
-``evaluation`` calls an objective on fresh leaves, ``isolation`` keeps buffers and random states,
-``kept_graph`` pulls vectors back through a graph that stays, ``checkpointing`` and ``attention``
-make checkpoints and attention differentiable twice, ``recompute`` and ``partial`` run a function
-again. ``global_state`` holds what is changed in PyTorch meanwhile, counted over threads.
+``evaluation`` calls an objective on fresh leaves. ``isolation`` protects buffers and random states.
+``kept_graph`` pulls vectors back through a graph that is kept. ``checkpointing`` and ``attention``
+make checkpoints and attention differentiable twice. ``recompute`` and ``partial`` run a function
+again. ``global_state`` holds the changes to PyTorch's global state, counted over threads.
 """

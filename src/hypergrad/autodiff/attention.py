@@ -1,4 +1,4 @@
-"""Kernels that can be differentiated twice, in the place of the fast ones that cannot."""
+"""Kernels that can be differentiated twice, in place of the fast ones that cannot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypergrad.autodiff.global_state import Shared
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Math attention, and compiled functions in eager stance; free inside another such context."""
+    """Use math attention, and compiled functions in eager stance; nested contexts do nothing."""
     if _this_thread.differentiating_twice:
         yield
         return
@@ -39,7 +39,7 @@ def twice_differentiable() -> Iterator[None]:
 
 @contextmanager
 def compiled_as_usual() -> Iterator[None]:
-    """Functions of ``torch.compile`` are compiled, whatever other threads are at."""
+    """Compile functions of ``torch.compile``, whatever other threads do."""
     _STANCE.enter("default")
     try:
         yield
@@ -71,8 +71,8 @@ _MATH_ATTENTION = Shared(_math_attention)
 class _Stance:
     """What ``torch.compile`` does in this process: one setting for all threads.
 
-    ``"default"`` wins over ``"force_eager"``, since a capture in eager stance captures nothing; the
-    caller's own stance is there again when nobody asks for either.
+    ``"default"`` wins over ``"force_eager"``, since a capture in eager stance captures nothing. The
+    caller's own stance is restored when no thread needs either.
     """
 
     def __init__(self) -> None:
@@ -82,11 +82,11 @@ class _Stance:
         self._lock = threading.Lock()
 
     def enter(self, stance: str) -> None:
-        """One user more of ``stance``."""
+        """Count one user more of ``stance``."""
         self._change(stance, 1)
 
     def leave(self, stance: str) -> None:
-        """One less."""
+        """Count one user less."""
         self._change(stance, -1)
 
     def _change(self, stance: str, by: int) -> None:

@@ -1,18 +1,18 @@
 """Activation checkpointing inside an objective.
 
 ``torch.utils.checkpoint`` runs a function a second time in the backward pass. By then
-``torch.func.functional_call`` has put the module's own parameters back, and PyTorch computes with
-these. Here every checkpoint made while an objective is evaluated remembers what its modules held,
-and its second run sees that again. The memory belongs to the graph: wherever and whenever the graph
-is differentiated, in whichever thread, the second run is the first one over again.
+``torch.func.functional_call`` has restored the module's own parameters, and PyTorch computes with
+these. So a checkpoint that is made while an objective is evaluated remembers what its modules
+held, and its second run sees that again. The graph holds this memory: the second run repeats the
+first one wherever, whenever and in whichever thread the graph is differentiated.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -35,28 +35,20 @@ from hypergrad.autodiff.isolation import (
 from hypergrad.autodiff.statistics import DifferentiableStatistics
 
 
-@contextmanager
-def checkpoints_followed() -> Iterator[None]:
-    """Checkpoints that this thread makes inside recompute what they computed.
+def checkpoints_followed() -> AbstractContextManager[None]:
+    """Make checkpoints of this thread recompute inside what they computed at first.
 
-    Raises:
-        ValueError: inside, a reentrant checkpoint computes with something that requires gradients.
+    A reentrant checkpoint that computes with something that requires gradients raises
+    ``ValueError`` inside.
     """
-    if _this_thread.following or torch.compiler.is_compiling():
-        yield
-        return
-    _CHECKPOINTS.enter()
-    try:
-        _this_thread.following = True
-        yield
-    finally:
-        _this_thread.following = False
-        _CHECKPOINTS.leave()
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return _CHECKPOINTS.in_use(_this_thread, "following")
 
 
 class _ThreadState(threading.local):
     following = False
-    # What the recomputation that runs has put back.
+    # The modules of the recomputation that runs.
     modules: tuple[nn.Module, ...] = ()
 
 
@@ -68,7 +60,7 @@ def _frames(plain: Any) -> Any:
         if not _is_following():
             return plain(recompute, *args, **kwargs)
         again = _Recomputation(recompute, sys._getframe(1))
-        # Somebody's wrapper of an earlier one of these is not to remember it once more.
+        # A wrapper around an earlier one of these must not remember it a second time.
         _this_thread.following = False
         try:
             return plain(again, *args, **kwargs)
@@ -80,11 +72,11 @@ def _frames(plain: Any) -> Any:
 
 def _reentrant(plain: Any) -> Any:
     class Refusing:
-        """``CheckpointFunction``, where nothing that requires gradients is lost."""
+        """``CheckpointFunction`` that raises where it would cut a gradient."""
 
         @staticmethod
         def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            """What ``function`` returns."""
+            """Return ``function(*args)``."""
             if not _is_following() or not torch.is_grad_enabled():
                 return plain.apply(function, preserve, *args)
             outputs = function(*args)
@@ -128,7 +120,7 @@ def _is_following() -> bool:
 
 
 class _Recomputation:
-    """The second run of a checkpointed function, on what the first one saw.
+    """The second run of a checkpointed function, with what the first one saw.
 
     Args:
         function: makes the second run.
@@ -155,7 +147,6 @@ class _Recomputation:
         self._through_statistics = buffers_are_differentiable()
 
     def __call__(self, *args: Any) -> None:
-        """Run it."""
         outside = _this_thread.modules
         with ExitStack() as stack:
             stack.enter_context(self._random_state.replayed())
@@ -194,18 +185,18 @@ class _Recomputation:
         return changed
 
 
-# What PyTorch's policies and Python's generators say when they are entered for a second time.
+# The messages of PyTorch's policies and Python's generators when they are entered twice.
 _ONLY_ONCE = ("under selective activation checkpoint", "'_GeneratorContextManager' object")
 
 
 class _Copy:
-    """The value of a buffer at one time; a second run gets a tensor of its own to write into."""
+    """The value of a buffer at one time; each second run gets a copy of its own to write into."""
 
     def __init__(self, value: Tensor) -> None:
         self._value = value
 
     def tensor(self) -> Tensor:
-        """The value."""
+        """A copy of the value."""
         return self._value.clone()
 
 
@@ -213,11 +204,11 @@ def _kept(buffer: Tensor | None) -> Any:
     if buffer is None:
         return buffer
     if buffer.requires_grad:
-        # An argument of the caller's, or one that this run is about to change.
+        # An argument of the caller's, or a buffer that this run may change.
         copied = buffers_are_differentiable()
         return _Copy(buffer.detach().clone().requires_grad_()) if copied else buffer
     value = buffer_in_use(buffer)
-    # All layers of a model that are checkpointed one by one share the copies.
+    # Layers that are checkpointed one by one share the copies.
     version = 0 if value.is_inference() else value._version
     if value not in _copies or _copies[value][0] != version:
         _copies[value] = version, _Copy(value.detach().clone())
@@ -228,7 +219,7 @@ _copies: MutableMapping[Tensor, tuple[int, _Copy]] = WeakTensorKeyDictionary()
 
 
 def _on_the_stack(frame: Any) -> list[nn.Module]:
-    """The modules that the functions now running hold in their variables, up to ours."""
+    """The modules that the running functions hold in their variables, up to this package's."""
     found = []
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("hypergrad."):
         found += [value for value in frame.f_locals.values() if isinstance(value, nn.Module)]

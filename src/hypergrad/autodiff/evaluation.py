@@ -1,7 +1,7 @@
-"""Evaluating a user's objective so that it leaves no trace and can be differentiated twice.
+"""Evaluate a user's objective without side effects, so that it can be differentiated twice.
 
-Fused attention and compiled functions have no double backward: where one is needed, the math
-kernels and the eager functions stand in for them.
+Fused attention and compiled functions have no double backward. Where one is needed, the math
+kernels and the eager functions replace them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,11 @@ def evaluate(
     *,
     twice: bool = False,
 ) -> Tensor:
-    """The checked scalar ``objective(params, hparams)``, with a graph.
+    """Return the checked scalar ``objective(params, hparams)``, with a graph.
 
-    Args:
-        objective: f or g.
-        params: θ, leaves that require gradients.
-        hparams: φ, likewise.
-        random_state: what to start from.
-        name: what to call the objective in errors.
-        twice: whether the graph must carry second derivatives.
+    ``params`` and ``hparams`` are leaves that require gradients. ``random_state`` is where the
+    evaluation starts, ``name`` the objective in errors. With ``twice`` the graph carries second
+    derivatives.
 
     Raises:
         TypeError, ValueError: the objective does not return a finite scalar.
@@ -61,15 +57,10 @@ def evaluate_outputs(
     random_state: RandomState,
     name: str,
 ) -> Tree:
-    """The checked tree ``function(params, hparams)``, with a graph that carries two derivatives.
+    """Return the checked tree ``function(params, hparams)``, with a graph for two derivatives.
 
-    Args:
-        function: returns a tree of tensors, such as a model's outputs or the value of a root
-            function.
-        params: θ, leaves that require gradients.
-        hparams: φ, likewise.
-        random_state: what to start from.
-        name: what to call the function in errors.
+    As :func:`evaluate`, for a function that returns a tree of tensors, such as a model's outputs or
+    the value of a root function.
 
     Raises:
         TypeError, ValueError: it does not return a tree of finite floating-point tensors.
@@ -84,10 +75,7 @@ def evaluate_outputs(
 
 @contextmanager
 def leaving_no_trace(*, twice: bool) -> Iterator[None]:
-    """Gradients on and module buffers isolated.
-
-    With ``twice`` also :func:`twice_differentiable`.
-    """
+    """Enable gradients, isolate module buffers, and if ``twice`` use second derivatives."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), isolated_buffers():
             if twice:
@@ -105,10 +93,9 @@ def leaving_no_trace(*, twice: bool) -> Iterator[None]:
 
 
 def fresh_leaves(tree: Tree) -> Tree:
-    """New leaf tensors that share the values of ``tree``, carry no graph and require gradients.
+    """Return new leaves that share the values of ``tree``, have no graph and require gradients.
 
-    Raises:
-        ValueError: a transform of ``torch.func`` is under way, inside which there are no such.
+    It raises ``ValueError`` inside a transform of ``torch.func``, where there are no such leaves.
     """
     if inside_a_transform():
         raise ValueError(
@@ -124,9 +111,9 @@ def fresh_leaves(tree: Tree) -> Tree:
 
 
 def gradient(value: Tensor, inputs: Tree, *, create_graph: bool = False) -> list[Tensor | None]:
-    """``∂value/∂inputs`` leaf by leaf.
+    """Return ``∂value/∂inputs`` leaf by leaf.
 
-    ``None`` where ``value`` does not depend on a leaf or a leaf requires no gradient.
+    It is ``None`` where ``value`` does not depend on a leaf or a leaf requires no gradient.
     """
     every = tr.leaves(inputs)
     asked = [leaf for leaf in every if leaf.requires_grad]

@@ -1,15 +1,16 @@
-"""Changes of PyTorch's global state: in force while any thread asks for them, then undone.
+"""Changes of PyTorch's global state, in force while a thread needs them, then undone.
 
-All threads see such a change as long as it is in force. What others do meanwhile must therefore be
-right with it too, if slower: the math kernel of attention computes what the fused ones do, and a
-function that stands in for one of PyTorch's does as that does in threads that asked for nothing.
+All threads see such a change while it is in force, so it must not change their results, only their
+speed. The math kernel of attention computes what the fused kernels do. A replaced function behaves
+like PyTorch's own in threads that did not ask for the change.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from hypergrad._private import COMPILED_MODULE_CALL, MODULE_CALL
 
 
 class Shared:
-    """A change that the first of its users makes and the last one undoes, in whichever thread.
+    """A change that its first user makes and its last user undoes, in any thread.
 
     Args:
         make: makes the change, and returns how to undo it.
@@ -32,7 +33,7 @@ class Shared:
         self._lock = threading.Lock()
 
     def enter(self) -> None:
-        """Once more in use."""
+        """Count one user more; make the change for the first."""
         with self._lock:
             self._users += 1
             if self._users == 1:
@@ -43,23 +44,37 @@ class Shared:
                     raise
 
     def leave(self) -> None:
-        """Once less."""
+        """Count one user less; undo the change after the last."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
                 self._undo()
 
+    @contextmanager
+    def in_use(self, thread: threading.local, flag: str) -> Iterator[None]:
+        """Use it inside, where the thread's ``flag`` is true; inside another use do nothing."""
+        if getattr(thread, flag):
+            yield
+            return
+        self.enter()
+        try:
+            setattr(thread, flag, True)
+            yield
+        finally:
+            setattr(thread, flag, False)
+            self.leave()
+
 
 def replacing(
     targets: Callable[[], Sequence[tuple[Any, str, Callable[[Any], Any]]]],
 ) -> Callable[[], Callable[[], None]]:
-    """The change that replaces attributes of modules and classes.
+    """Return the change that replaces attributes of modules and classes.
 
-    What somebody else puts in the place of ours meanwhile stays there. It may hold on to ours, so
-    that this has to do as the original does wherever the thread did not ask for more.
+    If someone else replaces ours meanwhile, theirs stays. It may still call ours, so ours must
+    behave like the original wherever the thread did not ask for more.
 
     Args:
-        targets: of each its owner, its name, and what makes the replacement from the original.
+        targets: returns the owner, the name, and a function from the original to its replacement.
     """
 
     def make() -> Callable[[], None]:
@@ -85,7 +100,7 @@ Call: TypeAlias = Callable[..., Any]
 
 
 def calls_through(handle: Callable[..., Any]) -> Shared:
-    """The change by which ``handle(call, module, *args, **kwargs)`` makes each call of a module."""
+    """Return the change that routes each call of a module through ``handle(call, module, ...)``."""
 
     def plain(call: Call) -> Call:
         def through(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +123,7 @@ def calls_through(handle: Callable[..., Any]) -> Shared:
 
 
 class _CompiledCall:
-    """The attribute of a module that ``module.compile()`` sets, wrapped where it is read."""
+    """The attribute that ``module.compile()`` sets on a module, wrapped where it is read."""
 
     def __init__(self, handle: Callable[..., Any]) -> None:
         self._handle = handle

@@ -1,7 +1,7 @@
-"""What an objective may change while it runs, and how it is kept from the caller.
+"""Side effects of an objective, and how they are kept from the caller.
 
-The random state is replayed, so that every evaluation sees the same dropout masks, and put back.
-Module buffers (batch-norm statistics, spectral-norm vectors) are copies while a module runs, and
+The random state is replayed, so that every evaluation sees the same dropout masks, and restored.
+A module runs on copies of its buffers (batch-norm statistics, spectral-norm vectors). They are
 carried from one evaluation to the next where these are the steps of a training run. A module that
 ``fully_shard`` wrapped is refused: it would compute with its own parameters and not with θ.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Start from the remembered state; put the caller's back on leaving."""
+        """Start from the remembered state; restore the caller's on leaving."""
         callers = self._current()
         self._restore(self._states)
         try:
@@ -49,7 +49,7 @@ class RandomState:
         self._restore(self._states)
 
     def advance(self) -> None:
-        """Move on to where the last replay ended, as if it had not been a replay."""
+        """Move on to the end of the last replay, as if it had not been a replay."""
         self._restore(self._after)
         self._after = self._states
 
@@ -67,10 +67,10 @@ class RandomState:
 
 
 class Buffers:
-    """The buffers of whatever modules run inside :meth:`carried`, as the last run left them.
+    """The buffers of the modules that run inside :meth:`carried`, as the last run left them.
 
-    They are known by the tensors that the modules hold, which stay as they are until
-    :meth:`give_back`. A buffer that carries a graph is an argument of the caller's, not carried.
+    The keys are the tensors that the modules hold, which do not change until :meth:`give_back`. A
+    buffer that carries a graph is an argument of the caller's, and is not carried.
 
     Attributes:
         differentiable: whether the values keep the graph of the run that left them.
@@ -80,7 +80,7 @@ class Buffers:
     def __init__(self, *, differentiable: bool = False) -> None:
         self.differentiable = differentiable
         self.used = True
-        # Weak: an objective may make tensors of its own and pass them as buffers.
+        # Weak keys: an objective may make tensors of its own and pass them as buffers.
         self._values: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._initial: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
@@ -97,10 +97,10 @@ class Buffers:
             _this_thread.carried = outside
 
     def copy(self) -> Buffers:
-        """The same values, to be carried on from here once more; after giving back as well."""
+        """Return the same values, to be carried on from here once more, also after giving back."""
         twin = Buffers()
         twin.put(self._values.keys(), [value.detach() for value in self._values.values()])
-        # Shared: what a module began with is known once the module has run.
+        # Shared: the initial values are known once a module has run.
         twin._initial, twin._names = self._initial, self._names
         return twin
 
@@ -115,15 +115,15 @@ class Buffers:
         return [original for original, _ in pairs], [value for _, value in pairs]
 
     def put(self, originals: Iterable[Tensor], values: Sequence[Tensor]) -> None:
-        """Have the next run start from these values."""
+        """Make the next run start from these values."""
         self._values.update(zip(originals, values, strict=True))
 
     def value(self, original: Tensor) -> Tensor:
-        """The value of one of them."""
+        """The value of one buffer."""
         return self._values[original] if original in self._values else self._initial[original]
 
     def moved(self) -> list[Tensor]:
-        """Those of :meth:`floating` that the runs have changed."""
+        """The buffers of :meth:`floating` that the runs have changed."""
         originals, values = self.floating()
         if not originals:
             return []
@@ -134,11 +134,11 @@ class Buffers:
         return [t for t, has in zip(originals, torch.stack(changed).tolist(), strict=True) if has]
 
     def name(self, original: Tensor) -> str:
-        """Where the buffer is in the module that was called, such as ``1.running_mean``."""
+        """The buffer's place in the module that was called, such as ``1.running_mean``."""
         return self._names[original]
 
     def is_called(self, original: Tensor, name: str) -> None:
-        """Remember a name."""
+        """Remember the name of a buffer."""
         self._names[original] = name
 
     def give_back(self) -> None:
@@ -148,13 +148,13 @@ class Buffers:
                 original.copy_(value)
 
     def take_back(self) -> None:
-        """Undo :meth:`give_back`: write the values that the modules began with."""
+        """Undo :meth:`give_back`: write the initial values of the modules."""
         with torch.no_grad():
             for original, value in self._initial.items():
                 original.copy_(value)
 
     def start(self, original: Tensor) -> Tensor:
-        """The value to run on in place of a module's buffer, to be cloned."""
+        """The value to use in place of a module's buffer, to be cloned."""
         if original.requires_grad:
             return original
         if original not in self._initial:
@@ -162,54 +162,34 @@ class Buffers:
         return self.value(original)
 
     def leave(self, original: Tensor, value: Tensor | None) -> None:
-        """Keep what a run made of a buffer."""
+        """Keep the value of a buffer after a run."""
         if value is not None and not original.requires_grad:
             self._values[original] = value if self.differentiable else value.detach()
 
 
-@contextmanager
-def isolated_buffers() -> Iterator[None]:
-    """Every ``nn.Module`` that this thread calls inside works on copies of its buffers.
+def isolated_buffers() -> AbstractContextManager[None]:
+    """Make every ``nn.Module`` that this thread calls inside work on copies of its buffers.
 
     Buffers are swapped and swapped back, not restored by copying, so that graphs which saved one
-    stay valid. Inside another such context this one has nothing left to do.
+    stay valid. Inside another such context this one does nothing.
     """
-    if _this_thread.isolating:
-        yield
-        return
-    _MODULE_CALLS.enter()
-    try:
-        _this_thread.isolating = True
-        yield
-    finally:
-        _this_thread.isolating = False
-        _MODULE_CALLS.leave()
+    return _MODULE_CALLS.in_use(_this_thread, "isolating")
 
 
-@contextmanager
-def own_parameters_refused() -> Iterator[None]:
-    """Refuse modules that put their own parameters in the place of θ, also where nothing isolates.
+def own_parameters_refused() -> AbstractContextManager[None]:
+    """Raise ``ValueError`` for modules of ``fully_shard`` or ``FullyShardedDataParallel`` inside.
 
-    Raises:
-        ValueError: inside, a module of ``fully_shard`` or ``FullyShardedDataParallel`` is called.
+    They compute with their own parameters in place of θ. This works where nothing isolates, too.
     """
-    # A capture has no use for it; and there is no such module before PyTorch's is imported, and
-    # then this costs nothing.
-    if torch.compiler.is_compiling() or _this_thread.refusing or _fsdp() is None:
-        yield
-        return
-    _MODULE_CALLS.enter()
-    try:
-        _this_thread.refusing = True
-        yield
-    finally:
-        _this_thread.refusing = False
-        _MODULE_CALLS.leave()
+    # A capture does not need it, and without PyTorch's module for them there is none to refuse.
+    if torch.compiler.is_compiling() or _fsdp() is None:
+        return nullcontext()
+    return _MODULE_CALLS.in_use(_this_thread, "refusing")
 
 
 @contextmanager
 def own_parameters_meant() -> Iterator[None]:
-    """Such modules may be called inside, by whoever has given them θ as their own parameters."""
+    """Allow such modules inside; the caller has set θ as their own parameters."""
     outside = _this_thread.meant
     _this_thread.meant = True
     try:
@@ -224,7 +204,7 @@ def own_parameters_are_meant() -> bool:
 
 
 def buffer_in_use(buffer: Tensor) -> Tensor:
-    """What a module computes with: the buffer itself where it runs, else its carried value."""
+    """The buffer as a module computes with it: itself inside a module, else its carried value."""
     carried = _this_thread.carried
     return buffer if carried is None or _this_thread.inside_a_module else carried.start(buffer)
 
@@ -246,7 +226,7 @@ _this_thread = _ThreadState()
 
 
 def _call_isolated(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``call(module, ...)``; the outermost module of a call on copies of its buffers."""
+    """Return ``call(module, ...)``; the outermost module of a call gets copies of its buffers."""
     if _this_thread.isolating or _this_thread.refusing:
         _refuse_own_parameters(module)
     if not _this_thread.isolating or _this_thread.inside_a_module:
@@ -265,7 +245,7 @@ def _call_isolated(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> 
 
 
 def _call_inside(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``call(module, *args, **kwargs)``, differentiable in its statistics where buffers are."""
+    """Return ``call(module, ...)``, differentiable in its statistics where buffers are."""
     if not module._buffers or not buffers_are_differentiable():
         return call(module, *args, **kwargs)
     with DifferentiableStatistics():
@@ -287,7 +267,7 @@ def _swap_buffers(
             if buffer is None:
                 continue
             if id(buffer) not in copies:
-                # Not detached: a buffer may be an outer parameter put there by functional_call.
+                # Not detached: functional_call may have put an outer parameter there.
                 value = buffer if carried is None else carried.start(buffer)
                 if carried is not None:
                     carried.is_called(buffer, f"{path}.{key}" if path else key)
@@ -298,33 +278,29 @@ def _swap_buffers(
 
 
 def _refuse_own_parameters(module: nn.Module) -> None:
-    """Raise ``ValueError`` where the hooks of ``module`` would take the place of θ.
+    """Raise ``ValueError`` where the hooks of ``module`` would replace θ.
 
-    Frozen ones, such as those that make features, and all where no gradient is asked for, run as
-    long as their parameters are their own.
+    Frozen modules, such as those that compute features, may run with their own parameters. So may
+    all modules where gradients are disabled.
     """
     fsdp = _fsdp()
     if fsdp is None or _this_thread.meant:
         return
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-    # What a module holds was looked at when that was called.
+    # Parts of a module were checked when the module was called.
     for part in [module] if _this_thread.inside_a_module else module.modules():
         if not isinstance(part, kinds):
             continue
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in part.parameters())
-        # What functional_call puts in their place is as a rule no Parameter.
-        replaced = not all(isinstance(p, nn.Parameter) for p in _registered(part))
+        # What functional_call puts in their place is usually no Parameter.
+        held = [p for module in part.modules() for p in module._parameters.values()]
+        replaced = not all(p is None or isinstance(p, nn.Parameter) for p in held)
         if trained or replaced:
             raise ValueError(
                 "objectives must not call a module of fully_shard, whose hooks compute with its "
                 "own parameters in the place of those that functional_call passes, got "
                 f"{type(part).__name__}; use hypergrad.distributed.WholeModule(module, loss)"
             )
-
-
-def _registered(root: nn.Module) -> Iterator[Tensor]:
-    for module in root.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def _fsdp() -> Any:

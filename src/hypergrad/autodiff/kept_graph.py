@@ -1,4 +1,4 @@
-"""Reverse passes over a graph that was built once and is kept."""
+"""Reverse passes over a graph that is built once and kept."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def pull_back(
     create_graph: bool = False,
     last: bool = False,
 ) -> Sequence[Tensor | None]:
-    """``Σ_i (∂outputs_i/∂inputs)ᵀ cotangents_i``; ``None`` for an input that no output uses.
+    """Return ``Σ_i (∂outputs_i/∂inputs)ᵀ cotangents_i``; ``None`` for an input that no output uses.
 
     Args:
         outputs: the ends of the kept graph.
         inputs: its beginnings.
-        cotangents: one for each output; with ``batched``, with a leading dimension k.
+        cotangents: one per output; with ``batched``, each has a leading dimension k.
         batched: whether to pull back k cotangents at once.
         create_graph: whether the result can be differentiated again.
-        last: whether the graph may be freed on the way.
+        last: whether to free the graph on the way.
 
     Raises:
         DoubleBackwardError: an operation on the way has no derivative.
@@ -67,10 +67,9 @@ def pull_back(
 def pull_back_block(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> list[Tensor]:
-    """:func:`pull_back` for k cotangents at once, each with a leading dimension k; zeros for none.
+    """Do :func:`pull_back` for k cotangents at once, each with a leading dimension k.
 
-    Raises:
-        DoubleBackwardError: an operation on the way has no derivative.
+    An input that no output uses gets zeros.
     """
     width = len(cotangents[0])
     if width > 1 and not pl.any_distributed(inputs):
@@ -81,7 +80,7 @@ def pull_back_block(
         except DoubleBackwardError:
             raise
         except RuntimeError:
-            # Some functions cannot be batched; if it was something else, it shows again below.
+            # Some functions cannot be batched. Any other error is raised again below.
             pass
     rows = [pull_back(outputs, inputs, vector) for vector in bl.unstack(list(cotangents))]
     columns = [
@@ -104,16 +103,13 @@ def stacked_zeros(
 def check_differentiable(
     outputs: Sequence[Tensor], values: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:
-    """Raise if ``outputs``, gradients of ``values`` in ``inputs``, lack a part of their graph.
+    """Raise ``DoubleBackwardError`` if ``outputs``, gradients of ``values``, lack some graph.
 
-    A ``once_differentiable`` function cuts it. Where its incoming gradient carries a graph it
-    leaves an error node behind, where it is a constant nothing at all: so both ends are looked at.
-
-    Raises:
-        DoubleBackwardError: there is such a function between ``values`` and ``inputs``, or one
-            whose second derivative is known to be wrong.
+    A ``once_differentiable`` function between ``values`` and ``inputs`` cuts the graph. If its
+    incoming gradient has a graph, it leaves an error node; if that is a constant, it leaves
+    nothing. So both ends are searched. Functions with a wrong second derivative raise, too.
     """
-    # What lies before the inputs is not looked at: it may be the graph of a thousand steps.
+    # The graph before the inputs may be that of a thousand steps, and does not matter.
     ends = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
     nodes = list(_nodes(values, ends))
     for node in nodes:
@@ -147,7 +143,7 @@ def leaves_of(value: Tensor) -> set[int]:
 
 
 def has_kinks(value: Tensor) -> bool:
-    """Whether a function of PyTorch's in the graph of ``value`` has a gradient that jumps."""
+    """Whether the graph of ``value`` has a function of PyTorch whose gradient jumps."""
     return any(_KINKS.match(node.name()) for node in _nodes([value], set()))
 
 
@@ -181,7 +177,7 @@ def _leads_to(node: Node, inputs: Sequence[Tensor]) -> bool:
 
 
 def _missing_derivative(message: str) -> str | None:
-    """The operation that an error of the autograd engine blames, if that is what it says."""
+    """Return the operation that an error of the autograd engine blames, if it is such an error."""
     named = re.search(r"derivative for '?([\w:.]+?)'? is not implemented", message)
     if named:
         return named[1]
@@ -197,7 +193,7 @@ def _nodes(outputs: Sequence[Tensor], ends: Set[Node]) -> set[Node]:
 
 
 def reachable(nodes: Sequence[Node], ends: Set[Node] = frozenset()) -> set[Node]:
-    """``nodes`` and all below them, but for what lies below ``ends``."""
+    """``nodes`` and all nodes below them, without those below ``ends``."""
     found: set[Node] = set()
     waiting = list(nodes)
     while waiting:

@@ -16,13 +16,11 @@ Tensors = Sequence[Tensor]
 
 
 def partial_gradient(
-    function: Callable[[Tensors], Tensor],
-    tensors: Tensors,
-    needed: Sequence[bool] | None = None,
+    function: Callable[[Tensors], Tensor], tensors: Tensors, needed: Sequence[bool] | None = None
 ) -> list[Tensor]:
-    """The partial derivatives of a scalar function in the tensors that are needed, with a graph.
+    """Return the partial derivatives of a scalar function in the needed tensors, with a graph.
 
-    What else in the function hangs on the same tensors is held fixed.
+    All else in the function that depends on the same tensors is held fixed.
 
     Raises:
         DoubleBackwardError: an operation cuts the graph.
@@ -40,7 +38,7 @@ def partial_gradient(
     with leaving_no_trace(twice=True), checkpoints_followed():
         if inside_a_transform():
             return list(torch.func.grad(of_needed)(at))
-        # A view is a tensor of its own: other ways to the tensor do not pass through it.
+        # A view is another tensor: other paths to the tensor do not pass through it.
         views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in at]
         value = of_needed(views)
         if not value.requires_grad:

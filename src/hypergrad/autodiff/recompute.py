@@ -1,7 +1,6 @@
 """Computations that keep their inputs instead of their graph, and run again to be differentiated.
 
-The second run is the first one over again: with its random numbers, its autocast, and module
-buffers as they were.
+The second run repeats the first, with its random numbers, its autocast and its module buffers.
 """
 
 from __future__ import annotations
@@ -21,32 +20,25 @@ from hypergrad.errors import NonFiniteError
 
 
 class Computation(Protocol):
-    """A function of a tree, to be run once without a graph and again with one.
-
-    Attributes:
-        name: what to call it in errors.
-    """
+    """A function of a tree, to be run once without a graph and again with one."""
 
     @property
     def name(self) -> str:
         """Such as "step 3"."""
-        ...
 
     def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
-        """The outputs, any tree; gradients are enabled in the second run only.
+        """Return the outputs, any tree; gradients are enabled in the second run only.
 
-        Args:
-            inputs: any tree.
-            buffers: those of the modules that run.
-            twice: whether the graph of the second run must carry second derivatives.
+        ``buffers`` are those of the modules that run. With ``twice`` the graph of the second run
+        must carry second derivatives.
         """
 
 
 def recomputed(computation: Computation, inputs: Any, buffers: Buffers) -> Any:
-    """``computation(inputs, buffers)`` as one node, which keeps the tensors among the inputs.
+    """Return ``computation(inputs, buffers)`` as one node that keeps the tensors of the inputs.
 
-    Differentiable to any order that the computation is; where the buffers are differentiable, they
-    are inputs and outputs as well.
+    It is differentiable to any order that the computation is. Differentiable buffers are inputs and
+    outputs as well.
     """
     tensors, rebuild = tr.split(inputs)
     call = _Call(computation, rebuild, buffers)
@@ -58,21 +50,17 @@ def recomputed(computation: Computation, inputs: Any, buffers: Buffers) -> Any:
 
 
 class _Call:
-    """One computation, what it started from, and the structure of what it returned.
+    """One computation, its initial state, and the structure of its outputs.
 
     Attributes:
-        buffers_before: the values of buffers, which follow the inputs, where they are
-            differentiable.
+        buffers_before: the values of differentiable buffers, which follow the inputs.
         moved_buffers: those whose values follow the outputs, known after the first run.
     """
 
     rebuild_outputs: Callable[[Sequence[Tensor]], Any]
 
     def __init__(
-        self,
-        computation: Computation,
-        rebuild: Callable[[Sequence[Tensor]], Any],
-        buffers: Buffers,
+        self, computation: Computation, rebuild: Callable[[Sequence[Tensor]], Any], buffers: Buffers
     ) -> None:
         self._computation = computation
         self._rebuild = rebuild
@@ -81,7 +69,7 @@ class _Call:
         self.moved_buffers: list[Tensor] = []
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, with the effects of a first run on random state and buffers."""
+        """Return the outputs, with the effects of a first run on random state and buffers."""
         self._random_state = RandomState(list(tensors))
         self._autocast = _autocast_states({tensor.device.type for tensor in tensors})
         running = self._running_buffers
@@ -95,7 +83,7 @@ class _Call:
         return [*found, *left]
 
     def again(self, tensors: Sequence[Tensor], *, twice: bool, buffers_used: bool) -> list[Tensor]:
-        """The outputs, with a graph and without effects."""
+        """Return the outputs, with a graph and without effects."""
         with self._random_state.replayed(), _autocast(self._autocast), torch.enable_grad():
             tensors, values = self._parted(tensors)
             running = self._buffers.copy()
@@ -117,7 +105,7 @@ class _Call:
         return tensors[:count], tensors[count:]
 
     def check_finite(self, cotangents: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """Raise ``NonFiniteError`` if gradients became infinite or NaN on the way through this."""
+        """Raise ``NonFiniteError`` if gradients became infinite or NaN in the computation."""
         given = [grad for grad in grads if grad is not None]
         if _are_hidden(cotangents) or not given or tr.is_finite(given):
             return
@@ -130,7 +118,7 @@ class _Call:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Forward: without a graph. Backward: with one, of its own."""
+    """Forward runs without a graph, backward with one of its own."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +129,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        # One isolation for all of it: each costs as much as a few kernels.
+        # One isolation for the whole pass: each costs as much as a few kernels.
         with isolated_buffers():
             return None, *_pull_back(ctx, cotangents)
 
@@ -149,7 +137,7 @@ class _Recomputed(torch.autograd.Function):
 def _pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     twice = torch.is_grad_enabled()
     needed = ctx.needs_input_grad[1:]
-    # A view is a tensor of its own, and leads back to the input where that has a graph.
+    # A view is another tensor, and leads back to the input where that has a graph.
     inputs = [
         tensor.view_as(tensor) if twice and tensor.requires_grad
         else tensor.detach().requires_grad_(need)
@@ -178,7 +166,7 @@ def _differentiable(buffers: Buffers) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _are_hidden(tensors: Sequence[Tensor]) -> bool:
-    """Whether values cannot be looked at: in a transform, or a batch of ``is_grads_batched``."""
+    """Whether values cannot be read: in a transform, or a batch of ``is_grads_batched``."""
     return inside_a_transform() or any(map(is_batch_of_cotangents, tensors))
 
 

@@ -1,7 +1,7 @@
 """Running statistics of normalisation layers as differentiable functions.
 
-The kernels of PyTorch change ``running_mean`` and ``running_var`` without a graph, and have no
-derivative in them where they normalise by them. Here both are plain arithmetic.
+PyTorch's kernels change ``running_mean`` and ``running_var`` without a graph, and do not
+differentiate with respect to them. Here both are plain arithmetic.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.instance_norm``, likewise."""
+    """``torch.nn.functional.instance_norm``, differentiable in the statistics too."""
     if running_mean is not None and running_var is not None:
         if not use_input_stats:
             return _normalised(x, running_mean, running_var, weight, bias, eps)

@@ -1,4 +1,4 @@
-"""The Hessian in whichever mode the inner objective allows."""
+"""The Hessian in a mode that suits the inner objective."""
 
 from __future__ import annotations
 
@@ -26,13 +26,9 @@ Mode: TypeAlias = Literal["auto", "reverse", "forward", "finite-difference", "co
 
 
 def hessian(
-    inner: Objective,
-    params: Tree | nn.Module,
-    hparams: Tree | nn.Module,
-    *,
-    mode: Mode = "auto",
+    inner: Objective, params: Tree | nn.Module, hparams: Tree | nn.Module, *, mode: Mode = "auto"
 ) -> Hessian:
-    """The Hessian ``∂²f/∂θ²`` of an inner objective, with its outer side.
+    """Return the Hessian ``∂²f/∂θ²`` of an inner objective, with its outer side.
 
     Args:
         inner: ``f(params, hparams)``, returns a scalar tensor; or mini-batches of it,
@@ -40,13 +36,13 @@ def hessian(
         params: θ, a tree of floating-point tensors or a module, as for
             :func:`hypergrad.hypergradient`.
         hparams: φ, of the same kinds.
-        mode: how products are computed. ``"reverse"``: over a kept graph, at once the fastest.
-            ``"forward"``: forward over reverse, nothing kept between two products.
+        mode: how products are computed. ``"reverse"``: over a kept graph, the fastest for few
+            products. ``"forward"``: forward over reverse, with nothing kept between products.
             ``"finite-difference"``: central differences of first gradients, for models without
             second derivatives. ``"compiled"``: over a graph that ``torch.compile`` captures once,
-            the fastest of all where there are many products; its first call takes seconds.
-            ``"auto"``: reverse, or finite differences where that fails or gives a NaN at the
-            first product, with one :class:`DoubleBackwardWarning` that says why.
+            the fastest for many products; its first call takes seconds. ``"auto"``: reverse, or
+            finite differences where that fails or gives a NaN at the first product, with one
+            :class:`DoubleBackwardWarning` that says why.
 
     Raises:
         TypeError, ValueError: bad trees, an unknown mode, or an ``inner`` that is not a finite
@@ -129,10 +125,10 @@ class AutoHessian(ReverseHessian):
         return super().repeated() if self._instead is None else self._instead.repeated()
 
     def _usable(self, product: Tree, vector: Tree) -> bool:
-        """Whether a product is none of a second derivative that is NaN; the first is looked at.
+        """Whether the second derivative behind the first product is not NaN.
 
-        A norm, a root or a distance at zero has a gradient in PyTorch and a second derivative that
-        is NaN for every vector. An infinity is what overflows, and may leave NaNs behind.
+        A norm, a root or a distance at zero has a gradient in PyTorch, but its second derivative is
+        NaN for every vector. An infinity comes from overflow, which may leave NaNs, too.
         """
         leaves = tr.leaves(vector)
         if self._seen or inside_a_transform() or any(map(is_batch_of_cotangents, leaves)):

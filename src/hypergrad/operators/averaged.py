@@ -1,4 +1,4 @@
-"""Hessians over mini-batches: of the mean, one batch at a time, and of a fresh batch each time."""
+"""Hessians over mini-batches: of their mean, or of another batch per product."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AveragedHessian(Hessian):
 
     @property
     def default_chunk_size(self) -> int:
-        # One pass over the data is what a block saves, whatever the size of the model.
+        # A block saves passes over the data, whatever the size of the model.
         return 16
 
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
@@ -64,7 +64,7 @@ class AveragedHessian(Hessian):
                 products = _accumulate(products, product(part), weight)
         return tr.divide(products, self._total)
 
-    # To be closed where the loop may end early: it holds the caller's random state meanwhile.
+    # A caller that may stop early must close it: it holds the random state of the loop outside.
     def _parts(self) -> Generator[tuple[float, Hessian]]:
         if self._kept:
             yield from self._kept
@@ -76,15 +76,10 @@ class AveragedHessian(Hessian):
 
 
 class SampledHessian(Hessian):
-    """The Hessian of the next mini-batch of an :class:`hypergrad.Sampled`, at each product anew.
+    """The Hessian of the next mini-batch of an :class:`hypergrad.Sampled`, another one per product.
 
-    ``value`` and ``gradient`` are those of one batch.
-
-    Args:
-        inner: the stream of mini-batches.
-        params: θ.
-        hparams: φ.
-        part: the class of the Hessian of one batch.
+    ``value`` and ``gradient`` are those of one batch. The arguments are those of
+    :class:`AveragedHessian`.
     """
 
     def __init__(self, inner: Sampled, params: Tree, hparams: Tree, part: type[Hessian]) -> None:

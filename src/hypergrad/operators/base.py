@@ -34,11 +34,7 @@ class LinearOperator(ABC):
         """``A v``."""
 
     def rmatvec(self, vector: Tree) -> Tree:
-        """``Aᵀ v``.
-
-        Raises:
-            TypeError: A is not known to be symmetric, and its class has no such product.
-        """
+        """``Aᵀ v``; a ``TypeError`` if A is not symmetric and its class has no such product."""
         if not self.symmetric:
             raise TypeError(
                 f"{type(self).__name__} must have a method rmatvec for products with its transpose"
@@ -52,7 +48,7 @@ class LinearOperator(ABC):
 
     @property
     def lower_bound(self) -> float:
-        """A number that no eigenvalue of a symmetric A lies below; ``-inf`` where none is known.
+        """A lower bound of the eigenvalues of a symmetric A; ``-inf`` where none is known.
 
         0 marks A as positive semi-definite. A bound above 0 makes error bounds certain.
         """
@@ -60,7 +56,7 @@ class LinearOperator(ABC):
 
     @property
     def default_chunk_size(self) -> int:
-        """How many vectors of a block :meth:`matmat` multiplies at once, unless told."""
+        """How many vectors of a block :meth:`matmat` multiplies at once by default."""
         return 1
 
     def multiply_chunk(self, block: Tree) -> Tree:
@@ -72,9 +68,9 @@ class LinearOperator(ABC):
 
         Args:
             block: a tree like ``like`` with a leading dimension k on every leaf.
-            chunk_size: how many vectors are multiplied at once, at most. More is faster where
-                launching kernels costs more than running them, and takes memory for the
-                intermediate results of all of them. ``None``: ``default_chunk_size``.
+            chunk_size: the most vectors per product; ``None`` is ``default_chunk_size``. More is
+                faster where launching kernels costs more than running them, and takes memory for
+                the intermediate results of all of them.
 
         Raises:
             ValueError: ``block`` has another structure or shape, or ``chunk_size`` is below 1.

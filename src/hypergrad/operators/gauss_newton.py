@@ -16,18 +16,18 @@ from hypergrad._checks import check_structure
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.autodiff.modules import on_modules
 from hypergrad.operators.base import SymmetricOperator
-from hypergrad.operators.jacobians import Jacobian
-from hypergrad.operators.modes import ReverseHessian, default_chunk_size
+from hypergrad.operators.jacobians import Jacobian, JacobianOperator
+from hypergrad.operators.modes import ReverseHessian
 from hypergrad.tree import Tree
 
 
-class GaussNewton(SymmetricOperator):
+class GaussNewton(JacobianOperator, SymmetricOperator):
     """``G = Jᵀ H_ℓ J + H_r`` of ``f(θ, φ) = ℓ(z(θ, φ), φ) + r(θ, φ)`` (Schraudolph 2002).
 
     J = ∂z/∂θ is the Jacobian of the model's outputs, H_ℓ the Hessian of the loss in the outputs,
-    H_r the exact Hessian of the regulariser. It is the Hessian of f without the second derivatives
-    of the model: positive semi-definite for a convex ℓ and r, wherever θ is, and equal to H where
-    the model is linear in θ or fits perfectly. A product costs two reverse passes and the two
+    H_r the exact Hessian of the regulariser. G is the Hessian of f without the second derivatives
+    of the model. For a convex ℓ and r it is positive semi-definite at every θ, and it equals H
+    where the model is linear in θ or fits perfectly. A product costs two reverse passes and the two
     small Hessians.
 
     Args:
@@ -66,7 +66,7 @@ class GaussNewton(SymmetricOperator):
         regulariser: Objective | None = None,
         convex: bool = True,
     ) -> None:
-        self._jacobian = Jacobian(model, params, hparams, "model")
+        super().__init__(Jacobian(model, params, hparams, "model"))
         outputs, theta, phi = self._jacobian.outputs, self._jacobian.params, self._jacobian.hparams
         self._loss = ReverseHessian(on_modules(loss, outputs, hparams), outputs, phi)
         self._regulariser = None
@@ -76,16 +76,8 @@ class GaussNewton(SymmetricOperator):
         self._convex = convex
 
     @property
-    def like(self) -> Tree:
-        return self._jacobian.params
-
-    @property
     def lower_bound(self) -> float:
         return 0.0 if self._convex else -math.inf
-
-    @property
-    def default_chunk_size(self) -> int:
-        return default_chunk_size(self._jacobian.params)
 
     def matvec(self, vector: Tree) -> Tree:
         check_structure(vector, self.like, "vector", "params")
@@ -103,7 +95,7 @@ class GaussNewton(SymmetricOperator):
         return products
 
 
-class EmpiricalFisher(SymmetricOperator):
+class EmpiricalFisher(JacobianOperator, SymmetricOperator):
     """``E = (1/N) Σ_i ∇ℓ_i ∇ℓ_iᵀ``, the second moment of the gradients of N samples.
 
     Positive semi-definite and made of first derivatives alone. Near the Hessian only for a
@@ -132,24 +124,16 @@ class EmpiricalFisher(SymmetricOperator):
         params: Tree | nn.Module,
         hparams: Tree | nn.Module,
     ) -> None:
-        self._jacobian = Jacobian(losses, params, hparams, "losses")
+        super().__init__(Jacobian(losses, params, hparams, "losses"))
         outputs = self._jacobian.outputs
         if not isinstance(outputs, Tensor) or outputs.ndim != 1:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(f"losses must return one loss a sample, shape (N,), got {shape}")
+            raise ValueError(f"losses must return one loss per sample, shape (N,), got {shape}")
         self._samples = len(outputs)
-
-    @property
-    def like(self) -> Tree:
-        return self._jacobian.params
 
     @property
     def lower_bound(self) -> float:
         return 0.0
-
-    @property
-    def default_chunk_size(self) -> int:
-        return default_chunk_size(self._jacobian.params)
 
     def matvec(self, vector: Tree) -> Tree:
         check_structure(vector, self.like, "vector", "params")

@@ -17,8 +17,8 @@ from hypergrad.tree import Tree
 class Shared(ABC):
     """An objective that is the mean of those of several processes.
 
-    Where each of them has several batches it puts its own derivatives together, from what each
-    process makes batch by batch.
+    If a process has several batches, the objective combines the derivatives that each process
+    computes batch by batch.
     """
 
     @property
@@ -28,13 +28,24 @@ class Shared(ABC):
 
     @abstractmethod
     def hessian(self, params: Tree, hparams: Tree, part: type[Hessian]) -> Hessian:
-        """The Hessian of the mean, ``part`` being the class of that of one batch."""
+        """Return the Hessian of the mean; ``part`` is the class of the Hessian of one batch."""
 
     @abstractmethod
     def value_and_gradients(
         self, params: Tree, hparams: Tree, name: str, random_state: RandomState
     ) -> tuple[float, Tree, Tree]:
-        """See :func:`value_and_gradients`."""
+        """Return ``g``, ``∂_θ g`` and ``∂_φ g``, batch by batch if averaged.
+
+        Args:
+            objective: g.
+            params: θ, leaves that require gradients.
+            hparams: φ; a leaf that requires no gradient gets zeros.
+            name: what to call the objective in errors.
+            random_state: where to start; the default is the current state.
+
+        Raises:
+            TypeError, ValueError: ``g`` is not a finite scalar that depends on ``params``.
+        """
 
 
 def value_and_gradients(
@@ -76,13 +87,9 @@ def value_and_gradients(
 
 
 def value(
-    objective: Objective,
-    params: Tree,
-    hparams: Tree,
-    name: str,
-    random_state: RandomState,
+    objective: Objective, params: Tree, hparams: Tree, name: str, random_state: RandomState
 ) -> float:
-    """``g`` alone, batch by batch if averaged; see :func:`value_and_gradients`."""
+    """Return ``g`` alone, batch by batch if averaged; see :func:`value_and_gradients`."""
     if isinstance(objective, Shared) and objective.batch_by_batch:
         return objective.value_and_gradients(params, hparams, name, random_state)[0]
     if not isinstance(objective, Averaged):

@@ -1,10 +1,10 @@
 """The Hessian of an inner objective, and its mixed second derivative with the outer parameters.
 
-Both are one thing, the derivative of the inner gradient along v:
+Both come from one thing, the derivative of the inner gradient along v:
 
     d/dε ∇_(θ,φ) f(θ + ε v, φ)  =  ( H v,  (∂_φ F)ᵀ v ),     H = ∂²f/∂θ²,   F = ∇_θ f
 
-since second derivatives commute. A *mode* is a way to compute it; each has a file of its own.
+since second derivatives commute. A *mode* is a way to compute it; each has its own file.
 """
 
 from __future__ import annotations
@@ -18,27 +18,21 @@ from torch import Tensor
 
 from hypergrad import tree as tr
 from hypergrad._checks import check_dependence, check_structure
-from hypergrad.autodiff.evaluation import (
-    Objective,
-    evaluate,
-    filled,
-    fresh_leaves,
-    gradient,
-)
+from hypergrad.autodiff.evaluation import Objective, evaluate, filled, fresh_leaves, gradient
 from hypergrad.autodiff.isolation import RandomState
 from hypergrad.operators.base import SymmetricOperator
 from hypergrad.tree import Tree
 
 Side: TypeAlias = Literal["inner", "outer", "both"]
-"""In what the inner gradient is differentiated: θ, φ or both, which is an operator's last product:
-what it keeps is freed on the way, so that the memory can be used again at once."""
+"""In what the inner gradient is differentiated: θ, φ, or both. ``"both"`` is the last product of an
+operator: it frees the graph on the way."""
 
 
 class Hessian(SymmetricOperator):
     """``H = ∂²f/∂θ²`` of ``inner`` at ``params``, with the outer side ``v ↦ (∂_φ F)ᵀ v``.
 
-    The random state is remembered when the operator is made and replayed at each evaluation of
-    ``inner``, so dropout masks are the same in every product and H is one fixed matrix.
+    The operator remembers the random state in which it is made and replays it at each evaluation of
+    ``inner``. So dropout masks are the same in every product, and H is one fixed matrix.
 
     Attributes:
         value: the inner objective ``f(θ, φ)``.
@@ -49,18 +43,14 @@ class Hessian(SymmetricOperator):
         inner: ``f(params, hparams)``, a scalar.
         params: θ.
         hparams: φ.
-        random_state: what to replay; the default is the current state.
+        random_state: the one to replay; the default is the current state.
 
     Raises:
         TypeError, ValueError: ``inner`` is not a finite scalar function of ``params``.
     """
 
     def __init__(
-        self,
-        inner: Objective,
-        params: Tree,
-        hparams: Tree,
-        random_state: RandomState | None = None,
+        self, inner: Objective, params: Tree, hparams: Tree, random_state: RandomState | None = None
     ) -> None:
         self._inner = inner
         self._params = fresh_leaves(params)
@@ -91,7 +81,7 @@ class Hessian(SymmetricOperator):
         return self._structure.unflatten(tr.cast_like(product, leaves))
 
     def repeated(self) -> AbstractContextManager[None]:
-        """To be entered around many products: what each would set up for itself, set up once."""
+        """A context for many products, which does once what each would do for itself."""
         return nullcontext()
 
     def vjp_outer(self, vector: Tree) -> Tree:
@@ -103,20 +93,20 @@ class Hessian(SymmetricOperator):
         return self._like(self._hparams, self.differentiate_gradient(narrow, "outer"))
 
     def vjp(self, vector: Tree) -> tuple[Tree, Tree]:
-        """``(H v, (∂_φ F)ᵀ v)`` for one product's time; the operator cannot be used afterwards."""
+        """``(H v, (∂_φ F)ᵀ v)`` in the time of one product; afterwards the operator is unusable."""
         narrow = tr.cast_like(self._leaves_of(vector), self._theta)
         both = self.differentiate_gradient(narrow, "both")
         return self._like((self._params, self._hparams), both)
 
     def inputs(self, side: Side, params: Tree | None = None) -> list[Tensor]:
-        """The leaves to differentiate the gradient in: of θ (or other ``params``), φ or both."""
+        """Where to differentiate the gradient: the leaves of θ (or other ``params``), φ or both."""
         theta = self._theta if params is None else tr.leaves(params)
         if side == "inner":
             return theta
         return tr.leaves(self._hparams) if side == "outer" else theta + tr.leaves(self._hparams)
 
     def _leaves_of(self, vector: Tree) -> list[Tensor]:
-        """Those of a v, checked; what every product does is done fast."""
+        """The leaves of a v, checked fast, since every product does it."""
         leaves, structure = optree.tree_flatten(vector)
         if structure != self._structure or [leaf.shape for leaf in leaves] != self._shapes:
             check_structure(vector, self._params, "vector", "params")
@@ -130,10 +120,9 @@ class Hessian(SymmetricOperator):
         return evaluate(self._inner, params, self._hparams, self.random_state, "inner", twice=twice)
 
     def inner_gradient(self, value: Tensor, *, create_graph: bool = False) -> Tree:
-        """``∇_θ f`` of a ``value`` at ``params``; zero for a parameter that ``inner`` leaves out.
+        """``∇_θ f`` of a ``value`` at ``params``; zero for a parameter that ``inner`` does not use.
 
-        Raises:
-            ValueError: ``inner`` uses none of the parameters.
+        It raises ``ValueError`` if ``inner`` uses none of the parameters.
         """
         grads = gradient(value, self._params, create_graph=create_graph)
         check_dependence(grads, "inner")

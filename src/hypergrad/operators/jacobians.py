@@ -22,7 +22,7 @@ from hypergrad.tree import Tree
 class Jacobian:
     """``J = ∂z/∂θ`` of ``z = function(θ, φ)``, and ``∂z/∂φ``; z any tree of tensors.
 
-    ``Jᵀu`` is a reverse pass. ``Jv`` is one too: ``u ↦ Jᵀu`` is linear in u, and the derivative of
+    ``Jᵀu`` is a reverse pass, and so is ``Jv``: ``u ↦ Jᵀu`` is linear in u, and the derivative of
     ``⟨Jᵀu, v⟩`` with respect to u is ``Jv``.
 
     Attributes:
@@ -56,7 +56,7 @@ class Jacobian:
         state = RandomState(params, hparams)
         self._graph = evaluate_outputs(function, self.params, self.hparams, state, name)
         self.outputs = tr.detach(self._graph)
-        # Only which of the parameters a gradient reaches is of interest here.
+        # Only to see which of the parameters a gradient reaches.
         reached = pull_back(
             tr.leaves(self._graph), tr.leaves(self.params), tr.leaves(tr.zeros_like(self.outputs))
         )
@@ -102,11 +102,26 @@ class Jacobian:
         return self._transpose
 
 
-class Root(LinearOperator):
+class JacobianOperator(LinearOperator):
+    """A map made of products with a :class:`Jacobian`, on vectors like its parameters."""
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        self._jacobian = jacobian
+
+    @property
+    def like(self) -> Tree:
+        return self._jacobian.params
+
+    @property
+    def default_chunk_size(self) -> int:
+        return default_chunk_size(self._jacobian.params)
+
+
+class Root(JacobianOperator):
     """``(∂_θ F)ᵀ`` of a root function ``F(θ, φ) = 0``, the map of its adjoint system.
 
-    Products cost one reverse pass over a kept graph, those with the transpose (``rmatvec``) two at
-    first and one after.
+    A product costs one reverse pass over a kept graph; one with the transpose (``rmatvec``) costs
+    two at first and one afterwards.
 
     Args:
         function: ``F(params, hparams)``, a tree like ``params``.
@@ -135,7 +150,7 @@ class Root(LinearOperator):
         *,
         symmetric: bool = False,
     ) -> None:
-        self._jacobian = Jacobian(function, params, hparams, "the root function")
+        super().__init__(Jacobian(function, params, hparams, "the root function"))
         check_structure(self._jacobian.outputs, params, "the value of the root function", "params")
         self._symmetric = symmetric
 
@@ -145,16 +160,8 @@ class Root(LinearOperator):
         return self._jacobian.outputs
 
     @property
-    def like(self) -> Tree:
-        return self._jacobian.params
-
-    @property
     def symmetric(self) -> bool:
         return self._symmetric
-
-    @property
-    def default_chunk_size(self) -> int:
-        return default_chunk_size(self._jacobian.params)
 
     def matvec(self, vector: Tree) -> Tree:
         check_structure(vector, self.like, "vector", "params")

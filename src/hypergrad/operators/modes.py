@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import Node
 
 from hypergrad import _sharding as pl
 from hypergrad import tree as tr
@@ -29,7 +28,7 @@ from hypergrad.tree import Tree
 class ReverseHessian(Hessian):
     """The gradient's graph is built once and kept; a product is one more reverse pass over it.
 
-    ``H v = ∂⟨F, v⟩/∂θ`` and ``(∂_φ F)ᵀ v = ∂⟨F, v⟩/∂φ``. Time: 0.7–1.8 gradients a product.
+    ``H v = ∂⟨F, v⟩/∂θ`` and ``(∂_φ F)ᵀ v = ∂⟨F, v⟩/∂φ``. Time per product: 0.7–1.8 gradients.
     Memory: the graph of the gradient, as long as the operator lives.
 
     Raises:
@@ -50,6 +49,12 @@ class ReverseHessian(Hessian):
 
     @property
     def default_chunk_size(self) -> int:
+        """How many vectors to multiply at once over a kept graph.
+
+        On two CPU cores, a vector in a batch of ten took this many times the time of one alone: 0.5
+        for logistic regression (8 thousand parameters), 1.0 to 1.8 for a CNN (21 thousand), 1.8 for
+        an MLP (1.9 million). A batch saves launches, and large products have few.
+        """
         return default_chunk_size(self._params)
 
     def differentiate_gradient(self, vector: list[Tensor], side: Side) -> list[Tensor]:
@@ -75,10 +80,10 @@ def default_chunk_size(params: Tree) -> int:
 
 
 class ForwardHessian(Hessian):
-    r"""The inner gradient is evaluated anew on dual numbers ``θ + ε v`` at each product.
+    r"""Each product evaluates the inner gradient on dual numbers ``θ + ε v``.
 
-    The tangent of ``∇_θ f`` is ``H v`` and that of ``∇_φ f`` is ``(∂_φ F)ᵀ v``. Time: about 4
-    gradients a product. Memory: the graph of the gradient with tangents, freed after each product.
+    The tangent of ``∇_θ f`` is ``H v`` and that of ``∇_φ f`` is ``(∂_φ F)ᵀ v``. Time per product:
+    about 4 gradients. Memory: the graph of the gradient with tangents, freed after each product.
 
     Raises:
         ForwardModeError: an operation of ``inner`` has no forward derivative, or a wrong one; when
@@ -102,18 +107,18 @@ class ForwardHessian(Hessian):
             pairs = map(forward_ad.make_dual, self._theta, vector)
             dual = tr.unflatten_like(self._params, list(pairs))
             value = self.inner_value(dual, twice=True)
-            # The graph is for PyTorch: where none is asked for, the backward passes of det, solve
-            # and cumprod take shortcuts through which no tangent goes.
+            # With a graph: else the backward passes of det, solve and cumprod take shortcuts that
+            # lose the tangent.
             grads = gradient(value, self.inputs(side, dual), create_graph=True)
             tangents = [
                 None if grad is None else forward_ad.unpack_dual(grad).tangent for grad in grads
             ]
-            # The tangent outlives its level only as a tensor of its own.
+            # Only a copy of the tangent outlives its level.
             kept = [None if tangent is None else torch.clone(tangent) for tangent in tangents]
         return filled_leaves(kept, self.inputs(side))
 
 
-# The derivatives of these that PyTorch 2.13 has in forward mode are wrong.
+# PyTorch 2.13 has wrong derivatives of these in forward mode.
 _WRONG = {
     "CholeskyInverseBackward0": "torch.cholesky_inverse",
     "TriangularSolveBackward0": "torch.triangular_solve",
@@ -121,27 +126,20 @@ _WRONG = {
 
 
 def _check_forward(value: Tensor) -> None:
-    """Raise if the graph of ``value`` has an operation that forward mode gets wrong.
-
-    Raises:
-        ForwardModeError: it has.
-    """
+    """Raise ``ForwardModeError`` if ``value`` used an operation that forward mode gets wrong."""
     for node in reachable([value.grad_fn] if value.grad_fn is not None else []):
         if node.name() in _WRONG:
             raise ForwardModeError(_WRONG[node.name()])
         if getattr(node, "_saved_sparse", False):
             raise ForwardModeError("nn.Embedding(sparse=True), unlike sparse=False,")
-        if _multiplies_scattered(node):
+        scatters = node.name() == "ScatterReduceBackward0"
+        if scatters and getattr(node, "_saved_reduce", "") == "prod":
             raise ForwardModeError("scatter_reduce with reduce='prod'")
-
-
-def _multiplies_scattered(node: Node) -> bool:
-    return node.name() == "ScatterReduceBackward0" and getattr(node, "_saved_reduce", "") == "prod"
 
 
 @contextmanager
 def _unsupported_by_name() -> Iterator[None]:
-    """Name the operation and another mode where PyTorch says that forward mode lacks it."""
+    """Raise ``ForwardModeError``, with the operation's name, where forward mode lacks it."""
     try:
         yield
     except RuntimeError as error:
@@ -152,7 +150,7 @@ def _unsupported_by_name() -> Iterator[None]:
 
 
 def _unsupported(message: str) -> str | None:
-    """The operation that an error of PyTorch's forward mode blames, if that is what it says."""
+    """The operation that an error of PyTorch's forward mode blames; ``None`` for other errors."""
     named = re.search(r"forward AD with (\S+)", message) or re.search(
         r"derivative for '?([\w:.]+?)'? is not implemented", message
     )
@@ -168,11 +166,11 @@ def _unsupported(message: str) -> str | None:
 class FiniteDifferenceHessian(Hessian):
     """``(∇f(θ + εv) − ∇f(θ − εv)) / 2ε``, in θ for ``H v`` and in φ for ``(∂_φ F)ᵀ v``.
 
-    It needs a backward pass and nothing else, so any model works, with fused kernels and all. The
-    displacement has the length ``ε ‖v‖ = u^(1/3) (1 + max|θ|)``, u the machine epsilon of the
-    parameters' dtype: truncation O(ε²) and rounding O(u/ε) then balance (Nocedal & Wright 2006,
-    §8.1). Time: two gradients and a little a product. Relative error: about 1e-9 in float64 and
-    1e-4 in float32, more where f varies over lengths much shorter than 1.
+    It needs a backward pass only, so any model works, with fused kernels too. The displacement has
+    the length ``ε ‖v‖ = u^(1/3) (1 + max|θ|)``, u the machine epsilon of the parameters' dtype:
+    truncation O(ε²) and rounding O(u/ε) then balance (Nocedal & Wright 2006, §8.1). Time per
+    product: a little more than two gradients. Relative error: about 1e-9 in float64 and 1e-4 in
+    float32, more where f varies over lengths much shorter than 1.
     """
 
     def linearise(self) -> tuple[float, Tree]:

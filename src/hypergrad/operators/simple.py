@@ -57,11 +57,7 @@ class Damped(WrappedOperator):
 
 
 class Transposed(WrappedOperator):
-    """The map ``v ↦ Aᵀ v``.
-
-    Args:
-        operator: A.
-    """
+    """The map ``v ↦ Aᵀ v`` of an operator A."""
 
     @property
     def lower_bound(self) -> float:

@@ -18,7 +18,7 @@ from hypergrad.operators.hessians import Side
 
 @dataclass(frozen=True)
 class Derivatives:
-    """The programs of f, its gradient and the derivative of that along v.
+    """The programs of f, its gradient and the derivative of the gradient along v.
 
     Attributes:
         start: from the inputs of f: the value, the gradient in each leaf of θ and, after these,
@@ -37,15 +37,15 @@ def differentiate(
     theta: Sequence[int | None],
     phi: Sequence[int | None],
 ) -> Derivatives:
-    """The first and second derivatives of the scalar that ``graph`` computes.
+    """Return the first and second derivatives of the scalar that ``graph`` computes.
 
-    What it writes into its inputs (the statistics of batch norm) is left out.
+    They ignore what the graph writes into its inputs, such as the statistics of batch norm.
 
     Args:
         graph: of one result.
-        inputs: what it is called with; values do not matter, shapes and dtypes do.
-        theta: for each leaf of θ its place among them, ``None`` if ``graph`` does without.
-        phi: for each leaf of φ likewise.
+        inputs: its arguments; shapes and dtypes matter, values do not.
+        theta: for each leaf of θ its place among them, ``None`` if ``graph`` does not use it.
+        phi: the same for each leaf of φ.
 
     Raises:
         DoubleBackwardError: an operation has no second derivative.
@@ -73,7 +73,7 @@ def differentiate(
         return [t if t is None else t.detach() for t in (value, *grads, *second)]
 
     vector = [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in params]
-    # As functions: what is written into an input stays in the trace, and is not asked for.
+    # As a function: a write into an input stays inside the trace.
     with private.python_dispatcher():
         traced = private.make_fx(private.functionalized(trace))(list(inputs), vector)
 
@@ -97,7 +97,7 @@ def differentiate(
 
 
 class _Inlined(fx.Interpreter):
-    """Runs a graph and in place of a checkpoint its function: products share what it computes."""
+    """Runs a graph, with the function of a checkpoint in its place: products share its results."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
@@ -116,7 +116,7 @@ def _depending(traced: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[fx.Node]
 
 
 def _frontier(results: Sequence[fx.Node | None], moving: set[fx.Node]) -> list[fx.Node]:
-    """The last nodes outside ``moving`` on the way to ``results``; not a view but what it is of."""
+    """The last nodes outside ``moving`` on the way to ``results``; of a view, its source."""
     seen: set[fx.Node] = set()
     found = []
     waiting = [node for node in results if node is not None]
@@ -142,7 +142,7 @@ def _is_view(node: fx.Node) -> bool:
 def _program(
     traced: fx.GraphModule, inputs: Sequence[fx.Node], results: Sequence[fx.Node | None]
 ) -> Program:
-    """What of ``traced`` leads from ``inputs`` to ``results``."""
+    """The part of ``traced`` that leads from ``inputs`` to ``results``."""
     there = [node for node in results if node is not None]
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}

@@ -31,15 +31,15 @@ from hypergrad.tree import Tree
 class CompiledHessian(Hessian):
     r"""``f`` is captured by ``torch.compile``, differentiated twice as a graph, and compiled.
 
-    The double backward that ``torch.compile`` lacks is taken before the compiler sees the graph. It
-    becomes one program for the value, the gradient and all that does not depend on v, and one for
+    ``torch.compile`` lacks a double backward, so it is taken before the compiler sees the graph.
+    There is one program for the value, the gradient and all that does not depend on v, and one for
     each kind of product. They are made at their first use, in seconds to minutes, and kept for all
     calls with the same code, shapes and dtypes. Memory: what the products share, as long as the
     operator lives.
 
     Raises:
         CompilationError: ``torch.compile`` cannot take ``inner`` as one graph (``fullgraph=True``),
-            it leaves more behind than its value, or there is no compiler.
+            ``inner`` has effects besides its value, or there is no compiler.
         DoubleBackwardError: an operation of ``inner`` has no second derivative.
         ValueError: θ or φ hold ``DTensor``\ s.
     """
@@ -77,7 +77,7 @@ class CompiledHessian(Hessian):
 
 
 def _without_gradients() -> AbstractContextManager[None]:
-    """Free where it is so already: a product is asked for again and again."""
+    """Disable gradients, at no cost where they are disabled: a product is called often."""
     if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _NOTHING
     return _no_gradients()
@@ -93,15 +93,14 @@ def _no_gradients() -> Iterator[None]:
 
 
 class _Call:
-    """One evaluation of an objective; its program leaves here what is more than the value.
+    """One evaluation of an objective, in which its program leaves all that is not the value.
 
-    For ``torch.compile`` runs the program where the objective was to be computed, and hands on
-    nothing but the value.
+    ``torch.compile`` runs the program in place of the objective, and passes on only the value.
 
     Attributes:
         gradient: in each leaf of θ, ``None`` for zero.
-        multiply: ``multiply(v, side)`` is the derivative of the gradient along v; likewise.
-        multiply_block: that in θ along each v of a block.
+        multiply: ``multiply(v, side)``, the derivative of the gradient along v, ``None`` for zero.
+        multiply_block: the derivative in θ along each v of a block.
     """
 
     gradient: Sequence[Tensor | None] = ()
@@ -113,16 +112,12 @@ class _Call:
         self.hparams = hparams
 
     def evaluate(self, inner: Objective, params: Tree, hparams: Tree) -> Any:
-        """``inner(params, hparams)``, of trees of these leaves.
-
-        Raises:
-            CompilationError: ``torch.compile`` cannot take it as one graph.
-        """
+        """Return ``inner(params, hparams)``; a ``CompilationError`` if it is not one graph."""
         outside, _this_thread.call = _this_thread.call, self
         try:
             with (
                 COMPILING,
-                # Each objective is one more version of the one function that calls them all.
+                # PyTorch counts each objective as another version of the function that calls it.
                 private.dynamo().config.patch(
                     recompile_limit=_MANY, accumulated_recompile_limit=_MANY, allow_rnn=True
                 ),
@@ -144,34 +139,25 @@ _MANY = 1 << 20
 
 @functools.cache
 def _captured() -> Callable[[Objective, Tree, Tree], Any]:
-    return torch.compile(_evaluate, backend=_Captured, fullgraph=True, dynamic=False)
+    def evaluate(inner: Objective, params: Tree, hparams: Tree) -> Any:
+        return inner(params, hparams)
 
-
-def _evaluate(inner: Objective, params: Tree, hparams: Tree) -> Any:
-    return inner(params, hparams)
+    return torch.compile(evaluate, backend=_Captured, fullgraph=True, dynamic=False)
 
 
 class _Shared:
-    """What all products of one operator use: also tensors of the caller's, which must not change.
-
-    Args:
-        tensors: as they are now.
-    """
+    """The tensors that all products of an operator use; the caller must not change them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
         self._versions = self._current()
 
     def tensors(self) -> list[Tensor]:
-        """They, as they were.
-
-        Raises:
-            RuntimeError: one was changed in place.
-        """
+        """Return them; raise ``RuntimeError`` if one was changed in place."""
         if self._current() != self._versions:
             raise RuntimeError(
                 "inner's tensors must stay as they are while its Hessian is used, got one that was "
-                "changed in place since; make the operator anew"
+                "changed in place since; make the operator again"
             )
         return self._tensors
 
@@ -180,11 +166,11 @@ class _Shared:
 
 
 class _Captured:
-    """What ``torch.compile`` calls in the place of the graph of an objective.
+    """The function that ``torch.compile`` calls in place of the graph of an objective.
 
     Args:
         graph: as captured; its inputs are the leaves of θ and φ that it uses, and all else that
-            the objective holds on to.
+            the objective refers to.
     """
 
     def __init__(self, graph: fx.GraphModule, _: Sequence[Tensor]) -> None:
@@ -201,7 +187,7 @@ class _Captured:
                 f"it must leave nothing behind but its value, got {len(results)} tensors"
             )
         if not _is_scalar(results[0].meta["example_value"]):
-            return self._graph(*inputs)  # which the caller refuses
+            return self._graph(*inputs)  # the caller refuses it
         derivatives = self._derivatives or self._differentiate(call, inputs)
         value, *rest = derivatives.start(inputs)
         count = len(call.params)

@@ -17,35 +17,35 @@ from typing import Any
 
 
 def make_fx(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, traced with fake tensors: a function of example inputs that returns a graph."""
+    """Trace ``function`` with fake tensors: a function of example inputs that returns a graph."""
     from torch.fx.experimental.proxy_tensor import make_fx as trace
 
     return trace(function, tracing_mode="fake")
 
 
 def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` without changes in place."""
+    """Return ``function`` without changes in place."""
     from torch._subclasses.functional_tensor import dispatch_functionalize
 
     return dispatch_functionalize(function)
 
 
 def python_dispatcher() -> AbstractContextManager[Any]:
-    """Operations are decomposed as a trace needs them."""
+    """A context in which operations are decomposed as a trace needs them."""
     from torch._dispatch.python import enable_python_dispatcher
 
     return enable_python_dispatcher()
 
 
 def dynamo() -> Any:
-    """The module that captures."""
+    """PyTorch's module that captures."""
     import torch._dynamo
 
     return torch._dynamo
 
 
 def inductor() -> Any:
-    """The module that compiles."""
+    """PyTorch's module that compiles."""
     import torch._inductor
 
     return torch._inductor

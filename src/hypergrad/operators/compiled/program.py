@@ -1,4 +1,4 @@
-"""A graph of tensors that is compiled when it is first run."""
+"""A graph of tensors that is compiled when it first runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypergrad.errors import CompilationError, DoubleBackwardError
 from hypergrad.operators.compiled import private
 
 COMPILING = threading.RLock()
-"""Held by the thread that captures, traces or compiles: PyTorch keeps what it is at globally."""
+"""Held by the thread that captures, traces or compiles: PyTorch keeps that state globally."""
 
 
-# Not of the compiler: of the input, of the values, of the memory.
+# Errors that do not come from the compiler.
 _OF_OTHERS = (
     CompilationError,
     DoubleBackwardError,
@@ -28,12 +28,10 @@ _OF_OTHERS = (
 
 @contextmanager
 def compilation(failing: str) -> Iterator[None]:
-    """Raise :class:`CompilationError` for whatever PyTorch's compiler raises inside.
+    """Raise :class:`CompilationError` for any error of PyTorch's compiler inside.
 
-    Its layers raise errors of every class, bare assertions among them.
-
-    Args:
-        failing: what failed then, to be followed by the reason.
+    Its layers raise errors of every class, also bare assertions. The message starts with
+    ``failing``.
     """
     try:
         yield
@@ -45,10 +43,10 @@ def compilation(failing: str) -> Iterator[None]:
 
 
 class Program:
-    """A function of tensors, for inputs of always the same shapes, strides and dtypes.
+    """A function of tensors, for inputs of fixed shapes, strides and dtypes.
 
     Args:
-        graph: gives the results that there are, in order.
+        graph: gives the results that exist, in order.
         there: for each result whether the graph gives it.
     """
 
@@ -59,10 +57,9 @@ class Program:
         self._batched: dict[int, Program] = {}
 
     def __call__(self, inputs: Sequence[Any]) -> list[Tensor | None]:
-        """The results; ``None`` for those that the graph does not give.
+        """Return the results, ``None`` for those that the graph does not give.
 
-        Raises:
-            CompilationError: it cannot be compiled.
+        It raises ``CompilationError`` if the graph cannot be compiled, as does :meth:`batched`.
         """
         if self._compiled is None:
             with COMPILING:
@@ -72,14 +69,9 @@ class Program:
         return [next(found) if there else None for there in self._there]
 
     def batched(self, fixed: Sequence[Any], batch: Sequence[Tensor]) -> list[Tensor | None]:
-        """The results for every element of a batch of the last inputs, stacked.
+        """Return the results for every element of a batch of the last inputs, stacked.
 
-        Args:
-            fixed: the first inputs.
-            batch: the others, each with a leading dimension.
-
-        Raises:
-            CompilationError: the batch cannot be compiled.
+        ``fixed`` are the first inputs, ``batch`` the others, each with a leading dimension.
         """
         width = len(batch[0])
         if width not in self._batched:
@@ -92,7 +84,7 @@ class Program:
 
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
     if not any(node.op == "call_function" for node in graph.graph.nodes):
-        return graph  # there is nothing to compile, which the compiler would refuse
+        return graph  # the compiler refuses a graph without operations
     with compilation("the compiler failed"):
-        # The random numbers of eager functions: a mask is the same in all modes.
+        # The random numbers of eager functions, so that a mask is the same in all modes.
         return private.inductor().compile(graph, list(inputs), options={"fallback_random": True})
