@@ -223,11 +223,7 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_number(
-    value: Any,
-    name: str,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
+    value: Any, name: str, *, above: float = -math.inf, at_least: float = -math.inf
 ) -> None:
     """Raise unless ``value`` is a finite real number, ``> above`` and ``≥ at_least``.
 
