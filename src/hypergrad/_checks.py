@@ -1,4 +1,4 @@
-"""Bad input is refused here, once, before any work.
+"""Checks of input, made once, before any work.
 
 Every message names the argument, what was given and what was expected.
 """
@@ -30,12 +30,12 @@ def check_tree(tree: Tree, name: str, *, values: bool = True, empty: bool = Fals
     Args:
         tree: to be checked.
         name: what to call it in errors.
-        values: whether those are needed, which tensors on the meta device do not have.
+        values: whether it must hold values, which tensors on the meta device do not.
         empty: whether it may be without leaves.
 
     Raises:
         TypeError: a leaf is no tensor, or an integer, boolean or complex one.
-        ValueError: there is no leaf, no leaf has an element, one tensor stands in two places, or
+        ValueError: there is no leaf, no leaf has an element, one tensor is in two places, or
             the tree holds itself.
     """
     check_no_module(tree, name)
@@ -72,7 +72,7 @@ def check_tree(tree: Tree, name: str, *, values: bool = True, empty: bool = Fals
 
 
 def _instead(leaf: Any) -> str:
-    """What to write in the place of a leaf that is no tensor, if that is known."""
+    """What to write in place of a leaf that is no tensor, if that is known."""
     if isinstance(leaf, Iterator):
         if getattr(leaf, "__name__", "").startswith("named_"):
             return "; pass dict(model.named_parameters())"
@@ -87,25 +87,23 @@ def _instead(leaf: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """``value`` by its class, or as the class that it is."""
+    """The class of ``value``, or ``value`` itself if it is a class."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return type(value).__name__
 
 
 def given(value: Any, module: str = "hg") -> str:
-    """What was given in the place of an instance; for a class, how to make one of it.
+    """Describe a wrong value for an instance; for a class, say how to make one.
 
-    Args:
-        value: what was given.
-        module: where users find the classes that were meant.
+    ``module`` is where users find the classes that were meant.
     """
     if isinstance(value, type):
         return f"the class {value.__name__}; make one: {module}.{value.__name__}(...)"
     return type(value).__name__
 
 
-# Those of one byte can only be stored and converted.
+# PyTorch can only store and convert dtypes of one byte.
 _LEAST_BYTES = 2
 
 
@@ -170,9 +168,8 @@ def check_structure(
 def check_scalar(value: Any, name: str) -> None:
     """Raise unless an objective returned a real scalar.
 
-    Raises:
-        TypeError: ``value`` is no tensor, or not a floating-point one.
-        ValueError: ``value`` has more than one element.
+    It raises ``TypeError`` if ``value`` is no floating-point tensor, and ``ValueError`` if it has
+    more than one element.
     """
     if not isinstance(value, Tensor):
         hint = ""
@@ -195,12 +192,7 @@ def check_scalar(value: Any, name: str) -> None:
 
 
 def check_value(value: Any, name: str) -> None:
-    """Raise unless an objective returned a finite real scalar.
-
-    Raises:
-        TypeError, ValueError: as :func:`check_scalar`.
-        NonFiniteError: ``value`` is infinite or NaN.
-    """
+    """Raise as :func:`check_scalar`, and ``NonFiniteError`` if ``value`` is infinite or NaN."""
     check_scalar(value, name)
     if not math.isfinite(value.item()):
         raise NonFiniteError(f"{name} must return a finite value, got {value.item()}")
@@ -227,9 +219,7 @@ def check_number(
 ) -> None:
     """Raise unless ``value`` is a finite real number, ``> above`` and ``≥ at_least``.
 
-    Raises:
-        TypeError: not a real number.
-        ValueError: infinite, NaN or out of range.
+    It raises ``TypeError`` for another type, ``ValueError`` for another number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
@@ -242,9 +232,7 @@ def check_number(
 def check_count(value: Any, name: str, *, optional: bool = False) -> None:
     """Raise unless ``value`` is an integer ≥ 1 (or ``None`` where ``optional``).
 
-    Raises:
-        TypeError: not an integer.
-        ValueError: below 1.
+    It raises ``TypeError`` for another type, ``ValueError`` below 1.
     """
     if optional and value is None:
         return

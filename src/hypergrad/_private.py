@@ -1,6 +1,6 @@
 """The private names of PyTorch that this package uses outside ``operators/``, each looked up late.
 
-``import hypergrad`` goes without any of them.
+``import hypergrad`` works without any of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMPILED_MODULE_CALL = "_compiled_call_impl"
 
 
 def inside_a_transform() -> bool:
-    """Whether ``torch.func`` is at work: vmap, grad and the like.
+    """Whether a transform of ``torch.func`` is active: vmap, grad and the like.
 
     ``torch.func`` has no public way to ask.
     """
@@ -41,7 +41,7 @@ def is_batch_of_cotangents(tensor: Tensor) -> bool:
 
 
 def whole_batch(tensor: Tensor) -> Tensor:
-    """All of such a batch, as a plain tensor; ``torch.vmap`` has it, but not for these."""
+    """All of such a batch as a plain tensor; ``torch.vmap`` can do it, but not for these."""
     return torch._remove_batch_dim(tensor, 1, 0, 0)
 
 
@@ -53,7 +53,7 @@ def as_batch(tensor: Tensor) -> Tensor:
 def local_part(leaf: Any) -> tuple[Any, Any]:
     """Shape and offset of this rank's part of a ``DTensor``.
 
-    ``DTensor.__create_chunk_list__`` knows them too, as another private name.
+    ``DTensor.__create_chunk_list__`` has them too, under another private name.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

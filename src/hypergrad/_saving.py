@@ -1,4 +1,4 @@
-"""What checkpoints hold: trees as lists of their leaves, generators as their states."""
+"""The contents of checkpoints: trees as lists of their leaves, generators as their states."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ def check_keys(packed: Any, keys: tuple[str, ...], name: str) -> None:
 
 
 def check_form(value: Any, like: Any, name: str) -> None:
-    """Raise ``ValueError`` unless ``value`` is built as ``like`` is, of tensors of the same shapes.
+    """Raise ``ValueError`` unless ``value`` has the structure and tensor shapes of ``like``.
 
-    Args:
-        value: dicts, lists, tensors, numbers and strings.
-        like: the same; its numbers and the values in its tensors do not count.
-        name: what to call ``value`` in errors.
+    Both hold dicts, lists, tensors, numbers and strings. The values in ``like`` do not count.
+    ``name`` is that of ``value`` in errors.
     """
     if isinstance(like, dict):
         check_keys(value, tuple(like), name)
@@ -44,11 +42,10 @@ def check_form(value: Any, like: Any, name: str) -> None:
 
 
 def from_leaves(values: Any, like: Tree, name: str, reference_name: str) -> Tree:
-    """The tree with the leaves ``values``, in the structure and on the devices of ``like``.
+    """Return the tree with the leaves ``values``, in the structure and on the devices of ``like``.
 
-    Raises:
-        ValueError: ``values`` is no list of tensors of the shapes of ``like`` and of its dtypes or
-            wider ones.
+    It raises ``ValueError`` unless ``values`` is a list of tensors with the shapes of ``like`` and
+    its dtypes or wider ones.
     """
     expected = tr.leaves(like)
     if not isinstance(values, list) or len(values) != len(expected):
@@ -75,12 +72,12 @@ def check_generator(generator: Any) -> None:
 
 
 def generator_state(generator: torch.Generator | None) -> Tensor | None:
-    """A copy of its state."""
+    """A copy of the generator's state."""
     return None if generator is None else generator.get_state()
 
 
 def check_generator_state(generator: torch.Generator | None, state: Any, name: str) -> None:
-    """Raise ``ValueError`` if :func:`set_generator_state` could not go on from ``state``."""
+    """Raise ``ValueError`` if :func:`set_generator_state` could not use ``state``."""
     if state is None:
         return
     if generator is None:
@@ -97,7 +94,7 @@ def check_generator_state(generator: torch.Generator | None, state: Any, name: s
 
 
 def set_generator_state(generator: torch.Generator | None, state: Tensor | None) -> None:
-    """Go on from ``state``; a generator of which nothing was saved stays where it is."""
+    """Continue from ``state``; without a saved state the generator stays where it is."""
     if generator is not None and state is not None:
         # States are CPU tensors; loading with a map_location may have moved this one.
         generator.set_state(state.cpu())

@@ -1,8 +1,7 @@
-"""Where the elements of a tensor are: all here, or sharded over the ranks of a device mesh.
+"""Where the elements of a tensor are: all on this rank, or sharded over the ranks of a device mesh.
 
-A sharded tensor is a ``DTensor``. A vector of such tensors is worked on shard by shard, each rank
-on its own and in the placement of the parameters; only sums over all elements are communicated, one
-all-reduce for all leaves together.
+A sharded tensor is a ``DTensor``. Each rank works on its own shards of a vector, in the placement
+of the parameters. Only sums over all elements are communicated, by one all-reduce for all leaves.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 def is_distributed(value: Any) -> TypeGuard[DTensor]:
     """Whether ``value`` is a ``DTensor``."""
-    # There is none before its module is imported, and that takes as long as all of hypergrad.
+    # Not imported here: the import takes as long as that of all of hypergrad.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
@@ -33,27 +32,27 @@ PLAIN = {Tensor}
 
 
 def any_distributed(values: Iterable[Any]) -> bool:
-    """Whether one of ``values`` is."""
+    """Whether one of ``values`` is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return False
-    # By the few types there are: every operation on vectors comes by here.
+    # By the set of types, which is small: every operation on vectors asks this.
     kinds = set(map(type, values))
     return kinds != PLAIN and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of ``tensor``, in the same memory; all of it where it is not sharded."""
+    """This rank's part of ``tensor``, in the same memory; all of it if it is not sharded."""
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
 def parts(leaves: list[Tensor]) -> list[Tensor]:
-    """:func:`local` of each."""
+    """:func:`local` of each leaf."""
     return [local(leaf) for leaf in leaves] if any_distributed(leaves) else leaves
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, gathered where it is sharded; differentiable."""
+    """All of ``tensor``, gathered if it is sharded; differentiable."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
@@ -75,12 +74,8 @@ def through(
 ) -> Tensor:
     """``function`` on this rank's parts, which leaves the dimensions of the vector alone.
 
-    Args:
-        function: of the parts.
-        leaf: with ``before`` dimensions in front of those of the vector.
-        others: likewise.
-        before: 1 for a leaf of a block of vectors.
-        after: the same of the result.
+    ``leaf`` and ``others`` have ``before`` dimensions in front of those of the vector, 1 for a leaf
+    of a block of vectors; the result has ``after``.
     """
     if not is_distributed(leaf):
         return function(leaf, *others)
@@ -88,14 +83,11 @@ def through(
 
 
 def contributions(parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """What to add up for a sum over all elements of some leaves.
+    """Return what to add up for a sum over all elements of some leaves.
 
-    Args:
-        parts: what this rank's part of a leaf contributes, and the leaf. All shapes alike.
-
-    Returns:
-        The contributions of leaves that are all here, as they came, and one more for the sharded
-        ones of each mesh, the same on all ranks, for one all-reduce.
+    ``parts`` holds pairs of this rank's contribution and its leaf; all contributions have one
+    shape. Those of leaves that are not sharded come back as they are. The sharded ones of each mesh
+    become one more, the same on all ranks, by one all-reduce.
     """
     here: list[Tensor] = []
     sharded: list[tuple[Any, Tensor]] = []
@@ -103,7 +95,7 @@ def contributions(parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         if not is_distributed(leaf):
             here.append(part)
             continue
-        # Every replica of an element is counted once.
+        # The replicas of an element count as one.
         share = part / _replicas(leaf)
         for i, (mesh, total) in enumerate(sharded):
             if mesh == leaf.device_mesh:
@@ -116,12 +108,12 @@ def contributions(parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def greatest(value: Tensor, leaf: Tensor) -> Tensor:
-    """The largest of the ranks' values, for a leaf that is sharded."""
+    """The largest value over the ranks, for a leaf that is sharded."""
     return _reduced(value, leaf.device_mesh, "max") if is_distributed(leaf) else value
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, known in full on every rank, in the placement of ``like``; nothing is sent."""
+    """``tensor``, known in full on every rank, in the placement of ``like``; no messages."""
     if not is_distributed(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -129,8 +121,8 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def beside(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, the same on every rank, fit to be computed with ``like``; differentiable."""
+def replicated_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, the same on every rank, ready for arithmetic with ``like``; differentiable."""
     if not is_distributed(like) or is_distributed(value):
         return value
     from torch.distributed.tensor import DTensor, Replicate
@@ -140,7 +132,7 @@ def beside(value: Tensor, like: Tensor) -> Tensor:
 
 
 def placed_alike(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-    """Each tensor in the placement of its leaf: autograd leaves partial sums, or other shards."""
+    """Each tensor in the placement of its leaf; autograd leaves partial sums or other shards."""
     if not any_distributed(like):
         return list(tensors)
     return [
@@ -152,7 +144,7 @@ def placed_alike(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> li
 
 
 def located(leaf: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the row-major ``indices`` into a leaf lie in this rank's part, and where in it."""
+    """Which row-major ``indices`` into a leaf lie in this rank's part, and their places there."""
     if not is_distributed(leaf):
         where = ((indices >= 0) & (indices < leaf.numel())).nonzero()[:, 0]
         return where, indices[where]

@@ -1,8 +1,8 @@
 """The functions of hypergrad 0.0.1, under their names: each is one call of ``hypergradient``.
 
 They return the hypergradient alone, as a tuple like ``out_params``, with a graph where a parameter
-requires gradients; :func:`hypergrad.hypergradient` returns the receipt too. A solve that fails
-warns; bad input raises as there, and a ``num_iters`` below 0 a ``ValueError``. Of each,
+requires gradients. :func:`hypergrad.hypergradient` also returns the receipt. A solve that fails
+warns. Bad input raises as there, and a ``num_iters`` below 0 a ``ValueError``. In each,
 ``inner_obj`` is f(θ, φ), ``outer_obj`` g(θ, φ), ``in_params`` θ, ``out_params`` φ.
 """
 
@@ -52,15 +52,16 @@ def conjugate_gradient(
     num_iters: int,
     lr: float | Tensor = 1.0,
 ) -> Params:
-    """The hypergradient by ``num_iters`` iterations of conjugate gradient, fewer if exact before.
+    """The hypergradient by at most ``num_iters`` iterations of conjugate gradient.
 
-    0.0.1 built each direction from the residual before last, and so got worse with more iterations;
-    this is the method that it meant. ``lr`` has no influence: the method finds its own step.
+    In 0.0.1 each direction came from the residual before last, so more iterations gave a worse
+    answer. This is the method that it meant. ``lr`` has no influence: the method finds its own
+    step.
     """
     _check_iterations(num_iters)
     if num_iters == 0:
         return _direct(outer_obj, in_params, out_params)
-    # To rounding: the number of iterations is the caller's choice, not a tolerance.
+    # To rounding: the caller limits the iterations, not a tolerance.
     solver = CG(rtol=10 * tr.epsilon(in_params), maxiter=num_iters)
     return _gradients(inner_obj, outer_obj, in_params, out_params, solver)
 
@@ -111,12 +112,12 @@ def nystrom(
 def _gradients(
     f: Objective, g: Objective, theta: Params, phi: Params, solver: LinearSolver
 ) -> Params:
-    # g(φ) alone has the hypergradient ∂_φ g; hypergradient would take it for a slip.
+    # g(φ) alone has the hypergradient ∂_φ g; hypergradient would refuse it as a mistake.
     outer = differentiable.with_flat_params(g)
     if inside_a_transform():
         return differentiable.differentiable_hypergradient(f, outer, theta, phi, solver)
     result = hypergradient(f, outer, theta, phi, method=solver, on_failure="ignore")
-    # A budget that was spent, to the last digit or not, is what the caller asked for.
+    # The caller asked to spend the budget, so that is no failure.
     if result.solve.status not in (Status.MAX_ITERATIONS, Status.STAGNATED):
         report_failure(solver, result.solve, "warn")
     return differentiable.with_graph(result.grads, f, outer, theta, phi, solver)

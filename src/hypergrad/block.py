@@ -60,7 +60,7 @@ def chunks(block: Tree, chunk_size: int) -> Iterator[Tree]:
 
 
 def assemble(parts: Iterable[Tree], total: int) -> Tree:
-    """Consecutive pieces of a block of ``total`` vectors as one; a piece is free once copied."""
+    """Join consecutive pieces of a block of ``total`` vectors; a piece is free once copied."""
     whole: Tree = None
     start = 0
     for part in parts:
@@ -162,9 +162,10 @@ def combine(block: Tree, coefficients: Tensor) -> Tree:
 
 
 def orthonormal(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
-    """``(Q, C)`` with ``block = C Q``, Q orthonormal; dependent directions are left out of Q.
+    """Return ``(Q, C)`` with ``block = C Q`` and an orthonormal Q without dependent directions.
 
-    Directions count as dependent below ``epsilon`` of the longest, or what float64 can tell.
+    Directions count as dependent below ``epsilon`` of the longest, or below the precision of
+    float64.
     """
     Q, C = _whiten(block, epsilon)
     # The Gram matrix squares the condition number; a second pass makes Q orthonormal to rounding.
@@ -202,7 +203,7 @@ def _whiten(block: Tree, epsilon: float) -> tuple[Tree, Tensor]:
     return combine(block, (vectors[:, kept] / root).T), vectors[:, kept] * root
 
 
-# Rows of a Gram product are widened to float64 a slab at a time, so that the copy stays small.
+# A Gram product widens its rows to float64 slab by slab, so that the copy stays small.
 _SLAB_COLUMNS = 1 << 16
 
 
@@ -213,7 +214,7 @@ def _slabs(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _locate(like: Tree, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each leaf: which of ``indices`` fall into what is here of it, and their places there."""
+    """For each leaf, the ``indices`` into this rank's part of it, and their places there."""
     located = []
     offset = 0
     for leaf in tr.leaves(like):
@@ -223,7 +224,7 @@ def _locate(like: Tree, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _rows(leaf: Tensor) -> Tensor:
-    """What is here of a block's leaf, a row for each vector."""
+    """This rank's part of a block's leaf, one row per vector."""
     part = pl.local(leaf)
     return part.reshape(len(part), math.prod(part.shape[1:]))
 
@@ -236,7 +237,7 @@ def _empty(total: int, leaf: Tensor) -> Tensor:
 
 
 def _sum(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum of what each leaf contributes, on the device of the first, in its wide dtype."""
+    """The sum of each leaf's contribution, on the device of the first, in its wide dtype."""
     first, *others = pl.contributions(parts)
     for part in others:
         first = first + part.to(first)

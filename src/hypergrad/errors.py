@@ -1,7 +1,7 @@
 """The warning and error categories of the library.
 
-Bad input raises plain ``ValueError`` and ``TypeError``; the categories here are for what only shows
-while computing.
+Bad input raises plain ``ValueError`` and ``TypeError``. The categories here are for faults that
+only show during a computation.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ def warn(message: str, category: type[HypergradWarning]) -> None:
 
 
 class HypergradWarning(UserWarning):
-    """Base of every warning that hypergrad emits; filter on it to silence or to raise them all."""
+    """Base of all warnings of hypergrad; filter on it to silence them or to raise them."""
 
 
 class LinearSolveWarning(HypergradWarning):
-    """A linear solve failed, and its best iterate was used all the same."""
+    """A linear solve failed; its best iterate was used."""
 
 
 class DampingWarning(LinearSolveWarning):
-    """``damping="auto"`` took more than the largest curvature: the answer is a rough one."""
+    """``damping="auto"`` took more than the largest curvature, so the answer is rough."""
 
 
 class NonFiniteError(ValueError):
@@ -35,14 +35,14 @@ class NonFiniteError(ValueError):
 
 
 class DoubleBackwardWarning(HypergradWarning):
-    """An operation has no right second derivative, and finite differences are used instead."""
+    """An operation has no correct second derivative, and finite differences are used instead."""
 
 
 class DoubleBackwardError(RuntimeError):
     """The gradient of an objective cannot be differentiated a second time.
 
     Attributes:
-        operation: the operation that stands in the way, as PyTorch names it.
+        operation: the operation without a second derivative, as PyTorch names it.
     """
 
     def __init__(self, operation: str) -> None:
@@ -78,9 +78,9 @@ class VerificationError(RuntimeError):
 
 
 class CompilationError(RuntimeError):
-    """An objective cannot be made into a compiled program; the message says what stands in the way.
+    """An objective cannot be made into a compiled program; the message gives the reason.
 
-    Every other mode does without.
+    All other modes work without a compiler.
     """
 
     def __init__(self, reason: str) -> None:
@@ -88,15 +88,15 @@ class CompilationError(RuntimeError):
 
 
 class DistributedError(RuntimeError):
-    """A rank failed, or ranks that must agree do not; raised on all ranks, in the same words."""
+    """A rank failed, or ranks that must agree do not; raised on all ranks with the same message."""
 
 
 class LoaderError(RuntimeError):
-    """A loader raised an error: the message says at which batch, the error itself is chained."""
+    """A loader raised an error, which is chained; the message says at which batch."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, is none of this library's, or is one of another problem."""
+    """A checkpoint is damaged, is not of this library, or is of another problem."""
 
 
 class CheckpointWarning(HypergradWarning):
@@ -104,7 +104,7 @@ class CheckpointWarning(HypergradWarning):
 
 
 def missing_extra(what: str, extra: str) -> ImportError:
-    """What to raise where an optional package is not installed: it says how to install it."""
+    """Return the error for an optional package that is not installed; it says how to install it."""
     return ImportError(
         f"{what} needs a package that is not installed: pip install 'hypergrad[{extra}]'"
     )

@@ -24,18 +24,18 @@ BatchObjective: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
 class Averaged:
     """``f(θ, φ) = Σ_i w_i f_i(θ, φ) / Σ_i w_i`` over mini-batches; an objective like any other.
 
-    Values, gradients and Hessian products pass over the batches one at a time, so that the memory
-    is that of one batch, and are summed in float32 or better. A pass replays the random state of
-    the first, so that a shuffling ``DataLoader``, random augmentation and dropout give the same
-    numbers in every product of a call: the operator is one fixed matrix. Where it is differentiated
-    as one function (``argmin``, error bounds) all batches are in memory at once.
+    Values, gradients and Hessian products pass over the batches one at a time and are summed in
+    float32 or better, so they take the memory of one batch. A pass replays the random state of the
+    first. So a shuffling ``DataLoader``, random augmentation and dropout give the same numbers in
+    every product of a call, and the operator is one fixed matrix. Where it is differentiated as one
+    function (``argmin``, error bounds), all batches are in memory at once.
 
     Args:
         objective: ``f(params, hparams, batch)``, a scalar.
         batches: anything that can be iterated again and again: a list, a ``DataLoader``.
-        weight: ``weight(batch)``, such as the number of samples in it; ``None`` counts all alike.
+        weight: ``weight(batch)``, such as the number of samples in it; ``None`` weights all alike.
         keep_graphs: keep the gradient graph of every batch. A product then costs about half, and
-            the memory is that of all batches.
+            takes the memory of all batches.
 
     Raises:
         TypeError: ``objective`` cannot be called, or ``batches`` can be iterated only once.
@@ -66,7 +66,7 @@ class Averaged:
         return torch.stack(values).sum() / sum(weights)
 
     def parts(self) -> Iterator[tuple[float, Objective]]:
-        """Weight and objective of each batch.
+        """Yield weight and objective of each batch.
 
         Raises:
             ValueError: there is no batch, or a weight is not a finite number above 0.
@@ -83,14 +83,10 @@ class Averaged:
     def replayed_parts(
         self, random_state: RandomState, *trees: Tree
     ) -> Generator[tuple[float, Objective, RandomState]]:
-        """:meth:`parts`, and the random state of each in a replay of ``random_state``.
+        """Yield :meth:`parts`, and the random state of each in a replay of ``random_state``.
 
-        Each is to be evaluated before the next is asked for. To be closed where the loop may end
-        early: the caller's random state is put back then.
-
-        Args:
-            random_state: of the first part.
-            trees: what the parts are evaluated on, for their devices.
+        Evaluate each part before the next. Close the generator where the loop may end early, which
+        restores the caller's random state. The parts are evaluated on the devices of ``trees``.
         """
         with random_state.replayed():
             for weight, part in self.parts():
@@ -100,16 +96,16 @@ class Averaged:
 
 
 class Sampled:
-    """An objective that takes the next mini-batch each time it is evaluated, round and round.
+    """An objective that takes the next mini-batch each time it is evaluated, endlessly.
 
-    Each Hessian product then uses a fresh batch, an unbiased estimate of the product with the mean:
-    what :class:`StochasticNeumann` and :class:`SGDSolve` are made for. Other solvers take their
-    operator for one fixed matrix and should get :class:`Averaged`.
+    Each Hessian product then uses another batch, an unbiased estimate of the product with the mean,
+    as :class:`StochasticNeumann` and :class:`SGDSolve` need it. Other solvers need one fixed
+    matrix: give them :class:`Averaged`.
 
     Args:
         objective: ``f(params, hparams, batch)``, a scalar.
-        batches: anything that can be iterated again and again; a ``DataLoader`` that shuffles, for
-            independent batches.
+        batches: anything that can be iterated again and again; for independent batches a
+            ``DataLoader`` that shuffles.
 
     Raises:
         TypeError: ``objective`` cannot be called, or ``batches`` can be iterated only once.
@@ -126,11 +122,7 @@ class Sampled:
         return self.part()(params, hparams)
 
     def part(self) -> Objective:
-        """The objective on the next batch, to be evaluated any number of times.
-
-        Raises:
-            ValueError: there is no batch.
-        """
+        """The objective on the next batch, to be evaluated any number of times."""
         return bind(self._objective, next(self._stream))
 
     def on_modules(self, params: Tree | nn.Module, hparams: Tree | nn.Module) -> Sampled:
@@ -169,11 +161,7 @@ def objective_on_modules(
 
 
 def round_and_round(batches: Iterable[Any], name: str) -> Iterator[Any]:
-    """The batches for ever, iterating anew each time they end.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Yield the batches endlessly; raise ``ValueError`` if there are none."""
     while True:
         empty = True
         for batch in batches:

@@ -143,7 +143,7 @@ class BaseSolver:
         self._inner_requires_grad = inner_requires_grad or functorch_requires_grad
         self._functorch_requires_grad = self._inner_requires_grad  # an example of 0.0.1 reads it
         self._skip_sync_inner = skip_sync_inner
-        # Held: a new iterator at each access would give the first batch for ever.
+        # Kept: a new iterator at each access would always give the first batch.
         self._inner_batches = self._endless(inner_loader, "inner_loader")
         self._outer_batches = self._endless(outer_loader, "outer_loader")
         self._global_step = self._inner_step = self._outer_step = 0
@@ -164,7 +164,7 @@ class BaseSolver:
             self._global_step += 1
 
     def post_outer_update(self) -> None:
-        """What follows each outer update, such as a projection; nothing unless overridden."""
+        """Called after each outer update, for example to project; does nothing by default."""
 
     def sync_inner(self) -> None:
         """Copy ``inner_params`` into the inner module, unless ``skip_sync_inner``."""
@@ -287,7 +287,7 @@ def _on(device: torch.device, batch: Any) -> Any:
 
 @dataclasses.dataclass
 class ForwardOutput:
-    """What ``inner_forward`` and ``outer_forward`` may return: a loss, and what came with it."""
+    """A return value of ``inner_forward`` and ``outer_forward``: a loss, and other output."""
 
     loss: Tensor
     output: Any = None
@@ -297,7 +297,7 @@ class ForwardOutput:
 
 
 class Recorder:
-    """Values by name: means since the last :meth:`flush`, and everything in :attr:`archive`."""
+    """Values by name: means since the last :meth:`flush`, and all values in :attr:`archive`."""
 
     def __init__(self) -> None:
         self._since_flush: dict[str, list[float]] = collections.defaultdict(list)

@@ -1,9 +1,9 @@
 """Pytrees of tensors as vectors: the only vector arithmetic of the library.
 
 A *tree* is any nesting of tuples, lists, dicts and the like whose leaves are floating-point
-tensors. Every operation works leaf by leaf, never on one flat copy, so that mixed-device trees work
-unchanged, and on this rank's part of a sharded leaf (:mod:`hypergrad._sharding`). Only ``add_`` and
-``scale_`` change a tensor in place, for vectors that a solver made itself.
+tensors. Every operation works leaf by leaf, never on one flat copy, so mixed-device trees work
+unchanged. On a sharded leaf it works on this rank's part (:mod:`hypergrad._sharding`). Only
+``add_`` and ``scale_`` change a tensor in place, for vectors that a solver made itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tree: TypeAlias = Any
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """The tensors of ``tree``, in the order of its structure; a bare list of them as it is."""
+    """The tensors of ``tree``, in the order of its structure; a bare list of tensors as it is."""
     if type(tree) is list and set(map(type, tree)) == pl.PLAIN:
         return tree
     return optree.tree_leaves(tree)
@@ -53,7 +53,7 @@ def split(anything: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any
 
     tensors = [every[i] for i in places]
     for i in places:
-        every[i] = None  # Whoever keeps the rebuilder does not keep the tensors.
+        every[i] = None  # so that the rebuilder does not keep the tensors
     return tensors, rebuild
 
 
@@ -131,7 +131,7 @@ def scale(x: Tree, alpha: float) -> Tree:
 
 
 def divide(x: Tree, alpha: float) -> Tree:
-    """``x / alpha``; where ``1 / alpha`` or ``alpha`` overflows, this does not."""
+    """``x / alpha``, which does not overflow where ``1 / alpha`` or ``alpha`` does."""
     if math.isinf(_fitting(alpha, x)) and math.isfinite(alpha):
         root = math.sqrt(abs(alpha))
         return divide(divide(x, root), math.copysign(root, alpha))
@@ -147,7 +147,8 @@ _SAFE_FACTOR = 6e4
 def _fitting(alpha: float, x: Tree) -> float:
     """``alpha``, or an infinity where a dtype of ``x`` cannot hold it.
 
-    PyTorch raises there. So the result is not finite instead, which every caller looks for.
+    PyTorch raises an error there. With an infinity the result is not finite, which every caller
+    checks.
     """
     if abs(alpha) <= _SAFE_FACTOR:
         return alpha
@@ -167,11 +168,11 @@ def dot(x: Tree, y: Tree) -> Tensor:
 
 
 def pairing(x: Tree, y: Tree) -> Tensor:
-    """``⟨x, y⟩`` of what is here of both: a scalar to pull y back from through the graph of x."""
+    """``⟨x, y⟩`` of this rank's parts: a scalar to pull y back from through the graph of x."""
     return _added(_products(pl.parts(leaves(x)), pl.parts(leaves(y))))
 
 
-# A sum of float32 squares in here has lost nothing to speak of of its small terms.
+# A sum of float32 squares in this range keeps its small terms.
 _SAFE_SQUARES = (1e-20, 1e30)
 
 
@@ -205,17 +206,17 @@ def to_floats(*scalars: Tensor) -> list[float]:
 
 
 def is_finite(tree: Tree) -> bool:
-    """Whether no leaf holds an infinity or a NaN; as a rule one pass and one copy to the host."""
+    """Whether no leaf holds an infinity or a NaN; usually one pass and one copy to the host."""
     every = leaves(tree)
     parts = pl.parts(every)
-    # A sum is finite only if all its terms are; if it is not, it may have overflowed.
+    # A finite sum has finite terms only. An infinite one may have overflowed.
     if math.isfinite(_total([part.sum() for part in parts], every).item()):
         return True
     return bool(_total([(~torch.isfinite(part)).sum() for part in parts], every) == 0)
 
 
 def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
-    """A standard normal vector. Drawn on the generator's device, so the same on every device."""
+    """A standard normal vector, the same on every device: it is drawn on the generator's device."""
 
     def draw(leaf: Tensor) -> Tensor:
         drawn = torch.randn(leaf.shape, generator=generator, device=generator.device)
@@ -225,7 +226,7 @@ def random_normal_like(tree: Tree, generator: torch.Generator) -> Tree:
 
 
 def random_signs_like(tree: Tree, generator: torch.Generator | None) -> Tree:
-    """A vector of independent signs ±1; from PyTorch's default CPU generator if none is given."""
+    """A vector of independent signs ±1, by default from PyTorch's default CPU generator."""
     device = "cpu" if generator is None else generator.device
 
     def draw(leaf: Tensor) -> Tensor:
@@ -247,23 +248,20 @@ def _sum_of_squares(x: Tree, unit: float) -> float:
 
 def _products(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
     if len(x) > _MANY and len({(leaf.dtype, leaf.device) for leaf in (*x, *y)}) == 1:
-        # Joined, since two calls for each of thousands of leaves take longer than the sums.
+        # Joined, since two calls per leaf take longer than the sums of thousands of small leaves.
         small = [i for i, leaf in enumerate(x) if leaf.numel() <= _SMALL]
         if small:
             large = [_product(a, b) for a, b in zip(x, y, strict=True) if a.numel() > _SMALL]
-            return [*large, _product(_joined(x, small), _joined(y, small))]
+            joined = [torch.cat([leaves[i].reshape(-1) for i in small]) for leaves in (x, y)]
+            return [*large, _product(*joined)]
     return [_product(a, b) for a, b in zip(x, y, strict=True)]
 
 
 _MANY, _SMALL = 256, 1 << 12
 
 
-def _joined(tensors: list[Tensor], places: list[int]) -> Tensor:
-    return torch.cat([tensors[i].reshape(-1) for i in places])
-
-
-# Plain sums lose digits with n: in float32 at n = 1e8 torch.dot is wrong by 1e-3, a sum of pieces
-# by 2e-8, as (a * b).sum() is, which writes all products to memory and takes six times as long.
+# Plain sums lose digits with n: in float32 at n = 1e8 torch.dot has an error of 1e-3, a sum of
+# pieces 2e-8. (a * b).sum() is as exact, but takes six times as long, through memory.
 _PIECE = 1 << 16
 
 
@@ -281,7 +279,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _total(scalars: list[Tensor], every: Sequence[Tensor]) -> Tensor:
-    """The sum of what this rank's part of each leaf contributes, over all ranks that share it."""
+    """The sum of each leaf's contribution, over all ranks that share the leaf."""
     if pl.any_distributed(every):
         scalars = pl.contributions(zip(scalars, every, strict=True))
     return _added(scalars)
@@ -295,5 +293,5 @@ def _added(scalars: list[Tensor]) -> Tensor:
     if any(s.dtype != first.dtype or s.device != first.device for s in scalars):
         dtype = max((s.dtype for s in scalars), key=lambda d: d.itemsize)
         scalars = [s.to(device=first.device, dtype=dtype) for s in scalars]
-    # An addition is one operation, stacking and summing are two.
+    # An addition is one operation; stacking and summing are two.
     return sum(scalars[1:], first) if len(scalars) <= 3 else torch.stack(scalars).sum()

@@ -1,4 +1,4 @@
-"""One evaluation of an objective by all ranks, and what they tell each other beside its value."""
+"""One evaluation of an objective by all ranks, and what they send each other besides its value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hypergrad.tree import Tree
 
 
 class Call:
-    """One evaluation: its random numbers, its failure, the checksums of what must be alike.
+    """One evaluation: its random numbers, its failure, the checksums of what must agree.
 
     Args:
         ranks: all that take part.
         params: θ, as it was given.
-        hparams: φ, likewise.
+        hparams: φ, as it was given.
 
     Attributes:
         weight: of this rank.
@@ -50,7 +50,8 @@ class Call:
     def own_part(self, *trees: Tree) -> Iterator[None]:
         """Evaluate this rank's objective inside.
 
-        The rank is seeded by the state that all share, and its number; that is put back after.
+        The rank is seeded by the state that all ranks share and by its number. The state is
+        restored afterwards.
         """
         with own_parameters_refused(), self._own_random_numbers(*trees):
             yield
@@ -67,11 +68,7 @@ class Call:
             self._drew = seeded.moved()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks, element by element.
-
-        Raises:
-            DistributedError: see :class:`DataParallel`.
-        """
+        """The mean over the ranks, element by element; raises as :class:`DataParallel`."""
         numbers = [digits for number in self._prints.values() for digits in _digits(number)]
         header = [
             self.weight, float(self.failure is not None), float(self._drew),
@@ -85,12 +82,12 @@ class Call:
             self._ranks.raise_failure(self.failure)
         self._check_alike(prints[: len(numbers)], prints[len(numbers) :])
         if drew:
-            torch.randint(2**62, ())  # so that the next evaluation has other numbers, on all ranks
+            torch.randint(2**62, ())  # the next evaluation draws other numbers, on all ranks
         self.share = self.weight / weights
         return (sums[: wide.numel()] / weights).reshape(value.shape).to(value.dtype)
 
     def _check_alike(self, sums: list[float], squares: list[float]) -> None:
-        # All are alike where the mean of the squares is the square of the mean: exact in integers.
+        # They agree where the mean of the squares is the square of the mean: exact in integers.
         size = self._ranks.size
         alike = [size * q == s**2 for s, q in zip(sums, squares, strict=True)]
         unlike = [name for name in self._prints if not (alike.pop(0) & alike.pop(0))]
@@ -102,12 +99,12 @@ class Call:
 
 
 def _peek() -> int:
-    """A number that the random state of the CPU decides, which stays as it is."""
+    """A number from the random state of the CPU, which it does not change."""
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())
     return int(torch.randint(2**62, (), generator=generator))
 
 
 def _digits(number: int) -> tuple[int, int]:
-    """Of 12 bits, whose squares add up without rounding over twenty thousand ranks."""
+    """Two digits of 12 bits, whose squares add up without rounding over twenty thousand ranks."""
     return number % 4096, number // 4096 % 4096

@@ -1,9 +1,9 @@
 """θ and φ on their way to the ranks and back, as nodes of autograd.
 
-Two linear maps, each the other's transpose, so that they can be differentiated for ever:
+Two linear maps, each the transpose of the other, so that they can be differentiated endlessly:
 
-    spread:   θ  ↦  a copy of all of θ for each rank     (nothing is sent; gathers what is sharded)
-    collect:  one vector a rank  ↦  their sum            (one all-reduce; or one reduce-scatter)
+    spread:   θ  ↦  a copy of all of θ per rank            (no message; gathers what is sharded)
+    collect:  one vector per rank  ↦  their sum            (one all-reduce; or one reduce-scatter)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Exchange:
         self._shards = Shards([self._like[i] for i in self._sharded], ranks)
 
     def spread(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """All of each leaf."""
+        """This rank's copy of all leaves."""
         found = list(tensors)
         _put(found, self._sharded, self._shards.gathered([found[i] for i in self._sharded]))
         return found
@@ -80,7 +80,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        # Plain leaves alone: DTensors have no forward mode, and no transforms.
+        # Plain leaves only: DTensors have neither a forward mode nor transforms.
         return _views(tangents[1:], tangents[1:])
 
     @staticmethod
@@ -91,7 +91,7 @@ class _Spread(torch.autograd.Function):
 
 
 def _views(given: Sequence[Any], found: Sequence[Any]) -> tuple[Any, ...]:
-    """What was found; an input itself as a view, since a function must not return its inputs."""
+    """``found``, with a view for each input, since a function must not return its inputs."""
     return tuple(
         new.view_as(new) if new is not None and new is old else new
         for old, new in zip(given, found, strict=True)

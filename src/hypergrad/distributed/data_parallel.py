@@ -3,9 +3,9 @@
 f̄(θ, φ) = Σ_r w_r f_r(θ, φ) / Σ_r w_r
 
 θ and φ pass through a node that copies them to the ranks, and whose derivative sums over the ranks
-(:mod:`hypergrad.distributed.collectives`); the value is averaged. Whatever is made of derivatives
-of f̄, Hessian products, mixed products, unrolled steps, is then that of the mean, the same on every
-rank, and each product is communicated once.
+(:mod:`hypergrad.distributed.collectives`); the value is averaged. So all derivatives of f̄, such as
+Hessian products, mixed products and unrolled steps, are those of the mean. They are the same on
+every rank, and each product is communicated once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DataParallel(Shared):
     """``f̄ = Σ_r w_r f_r / Σ_r w_r`` over the ranks of a group; an objective like any other.
 
     Each rank gives the objective on its own batches, and all ranks make the same calls of this
-    library. Values, gradients and products are those of the mean, the same on all ranks: any number
+    library. Values, gradients and products are those of the mean, the same on all ranks. Any number
     of ranks gives the answer of one process that has all their batches. θ and φ may be
 
     - plain tensors, the same on all ranks: a product costs one all-reduce of their size;
@@ -42,14 +42,14 @@ class DataParallel(Shared):
       sharded.
 
     Ranks must draw the same random numbers outside f (seed them alike); inside, each rank draws its
-    own. Each evaluation compares θ, φ and the random states of the ranks by checksums, and carries
-    the failures of ranks to all others. Buffers of modules, such as the statistics of batch norm,
-    are each rank's own, as are those of ``torch.nn.parallel.DistributedDataParallel``.
+    own. Each evaluation compares θ, φ and the random states of the ranks by checksums, and reports
+    the failure of a rank to all others. Buffers of modules, such as the statistics of batch norm,
+    are each rank's own, as in ``torch.nn.parallel.DistributedDataParallel``.
 
-    With several batches a rank, ``DataParallel(hg.Averaged(f, batches), weight=len(batches))``: a
-    rank passes over its own batches, one in memory at a time, and a product is still communicated
-    once, with one number beside it that says whether a rank failed. The other way round,
-    ``hg.Averaged(DataParallel(f), batches)``, each batch is.
+    If a rank has several batches, write ``DataParallel(hg.Averaged(f, batches),
+    weight=len(batches))``. Each rank then passes over its own batches, one in memory at a time, and
+    a product is communicated once, with one more number that says whether a rank failed. In
+    ``hg.Averaged(DataParallel(f), batches)`` each batch is communicated.
 
     Args:
         objective: ``f_r(params, hparams, ...)``, a scalar, on this rank's data.
@@ -63,8 +63,8 @@ class DataParallel(Shared):
     Raises:
         TypeError, ValueError: ``objective`` cannot be called, ``weight`` is out of its range, or
             there is no process group.
-        DistributedError: while it runs, on all ranks: one of them failed, or they differ in θ, φ or
-            their random states.
+        DistributedError: during an evaluation, on all ranks: one of them failed, or they differ in
+            θ, φ or their random states.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class DataParallel(Shared):
         return isinstance(self._objective, Averaged)
 
     def hessian(self, params: Tree, hparams: Tree, part: type[Hessian]) -> Hessian:
-        """Of the mean, each rank's own batches one at a time."""
+        """The Hessian of the mean, from each rank's own batches one at a time."""
         return SharedHessian(self, self._own_part(params), params, hparams, part)
 
     def value_and_gradients(
@@ -131,8 +131,9 @@ class DataParallel(Shared):
 def _tie(*trees: Tree) -> Tensor:
     """Zero, with zero derivatives, but a function of all trees to any order.
 
-    So the graph of every rank leads to θ and φ, and so do those of its derivatives, even where its
-    own objective does not: it would leave the others waiting for its part of a product.
+    It makes the graph of every rank, and of its derivatives, lead to θ and φ. Without it, a rank
+    whose objective does not depend on them would leave the others waiting for its part of a
+    product.
     """
     firsts = [next(leaf for leaf in tr.leaves(tree) if leaf.numel()) for tree in trees]
     where = firsts[0]

@@ -17,7 +17,7 @@ from hypergrad.distributed.ranks import Ranks
 
 
 def summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """The sum of each tensor over the ranks: one all-reduce."""
+    """The sum of each tensor over the ranks, by one all-reduce per dtype."""
     found = list(tensors)
     for places in _by_dtype(tensors):
         flat = torch.cat([found[i].reshape(-1) for i in places])
@@ -28,14 +28,10 @@ def summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
 
 
 class Shards:
-    """How sharded leaves are gathered, and sums of whole ones scattered: one message for all.
+    """Gathers sharded leaves, and scatters sums of whole ones, with one message for all leaves.
 
-    Args:
-        leaves: ``DTensor`` objects.
-        ranks: all that take part.
-
-    Raises:
-        ValueError: a leaf is not spread over just these ranks.
+    It raises ``ValueError`` if one of the ``DTensor`` objects ``leaves`` is not spread over just
+    these ``ranks``.
     """
 
     def __init__(self, leaves: Sequence[Any], ranks: Ranks) -> None:
@@ -47,16 +43,17 @@ class Shards:
                     f"params and hparams must be sharded over all {ranks.size} ranks of the group, "
                     f"got a DTensor on a mesh of {leaf.device_mesh.size()}"
                 )
-        # Replicas, several dimensions of a mesh and the like: PyTorch's own way, leaf by leaf.
+        # Replicas and meshes of several dimensions go leaf by leaf, by PyTorch's own functions.
         self._simple = all(_is_simple(leaf, ranks) for leaf in leaves)
 
     def gathered(self, tensors: Sequence[Any]) -> list[Tensor]:
-        """All of each, plain."""
+        """All of each tensor, plain."""
         if not self._simple:
             return [tensor.full_tensor() for tensor in tensors]
         found: list[Tensor] = list(tensors)
         for places in _by_dtype(tensors):
-            flat = torch.cat([self._padded_part(i, tensors[i]) for i in places])
+            own = {i: pl.local(tensors[i]).detach() for i in places}
+            flat = torch.cat([_padded(own[i], self._part_shape(i)).reshape(-1) for i in places])
             every = flat.new_empty(self._ranks.size * len(flat))
             _all_gather(every, flat, self._ranks)
             widths = [math.prod(self._part_shape(i)) for i in places]
@@ -68,7 +65,7 @@ class Shards:
         return found
 
     def scattered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of each over the ranks, sharded like its leaf."""
+        """The sum of each tensor over the ranks, sharded like its leaf."""
         if not self._simple:
             return [self._by_dtensor(*pair) for pair in zip(tensors, self._leaves, strict=True)]
         found = list(tensors)
@@ -85,13 +82,10 @@ class Shards:
         return found
 
     def _part_shape(self, i: int) -> list[int]:
-        """Of the largest part of a leaf: the last ranks may have less, or nothing."""
+        """The shape of the largest part of a leaf; the last ranks may have less, or nothing."""
         shape, dim = list(self._leaves[i].shape), _dim(self._leaves[i])
         shape[dim] = -(-shape[dim] // self._ranks.size)
         return shape
-
-    def _padded_part(self, i: int, tensor: Tensor) -> Tensor:
-        return _padded(pl.local(tensor).detach(), self._part_shape(i)).reshape(-1)
 
     def _parts(self, i: int, tensor: Tensor) -> Tensor:
         shape, dim = self._part_shape(i), _dim(self._leaves[i])
@@ -138,9 +132,9 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _on_the_whole_batch(tensor: Tensor, change: Callable[[Tensor], object]) -> Tensor:
-    """``tensor`` as ``change`` leaves it, all of it where autograd works on a batch of cotangents.
+    """``tensor`` after ``change``; of a batch of cotangents, ``change`` gets the whole batch.
 
-    There it is a tensor of a kind of its own, whose batch dimension messages must carry as well.
+    Autograd represents such a batch as a special tensor; messages must carry its batch dimension.
     """
     if not is_batch_of_cotangents(tensor):
         change(tensor)
@@ -151,7 +145,7 @@ def _on_the_whole_batch(tensor: Tensor, change: Callable[[Tensor], object]) -> T
 
 
 def _all_gather(output: Tensor, given: Tensor, ranks: Ranks) -> None:
-    # Their names of PyTorch 2.13, and those of before.
+    # The names in PyTorch 2.13 and in earlier versions.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, given, group=ranks.group)
 

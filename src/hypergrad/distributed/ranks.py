@@ -1,4 +1,4 @@
-"""The ranks of a process group, how they learn that one of them failed, and tasks over them."""
+"""The ranks of a process group, their failures, and tasks spread over them."""
 
 from __future__ import annotations
 
@@ -19,26 +19,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a group.
-
-    Attributes:
-        group: of processes.
-    """
+    """The ranks of a process group."""
 
     group: dist.ProcessGroup
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """Which one this is."""
+        """The number of this rank."""
         return dist.get_rank(self.group)
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each rank gave; anything that can be pickled."""
+        """The values of all ranks; anything that can be pickled."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
@@ -49,13 +45,13 @@ class Ranks:
         return tensor
 
     def raise_failure(self, own: BaseException | None) -> NoReturn:
-        """Raise what a rank reports, on all of them; to be called by all once one has failed."""
+        """Raise a rank's failure on all ranks; all must call it once one has failed."""
         reports = self.gathered(None if own is None else f"{type(own).__name__}: {own}")
         failed = [f"rank {i}: {report}" for i, report in enumerate(reports) if report is not None]
         raise DistributedError("; ".join(failed)) from own
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """``work()``, in which ranks do not communicate; if it raises on one rank, all raise."""
+        """Return ``work()``, which must not communicate; if it fails on one rank, all raise."""
         try:
             result, failure = [work()], None
         except Exception as error:
@@ -65,12 +61,12 @@ class Ranks:
         return result[0]
 
     def first(self, work: Callable[[], object]) -> None:
-        """``work()`` on rank 0, which the others wait for; if it raises, all raise."""
+        """Call ``work()`` on rank 0, while the others wait; if it fails, all raise."""
         self.together(lambda: work() if self.rank == 0 else None)
 
 
 def ranks_of(group: Any, name: str = "group") -> Ranks:
-    """The ranks of a group that was given; ``None`` is the default group.
+    """Return the ranks of a group; ``None`` is the default group.
 
     Raises:
         TypeError: it is no process group.
@@ -93,7 +89,7 @@ def ranks_of(group: Any, name: str = "group") -> Ranks:
 
 
 def fingerprint(tensors: list[Tensor]) -> int:
-    """A number below 2²⁴ that the bits of some tensors decide, summed in whatever order."""
+    """A number below 2²⁴ from the bits of some tensors, in any order of summation."""
     total = 0
     for i, tensor in enumerate(tensors):
         bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
@@ -106,7 +102,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def mean_of_all(numbers: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
-    """The mean of each over the ranks that have it."""
+    """The mean of each number over the ranks that have it."""
     every = ranks.gathered(dict(numbers))
     names = dict.fromkeys(name for part in every for name in part)
     return {name: statistics.fmean(p[name] for p in every if name in p) for name in names}
@@ -121,8 +117,8 @@ def map_tasks(
     """``[function(task) for task in tasks]``, each on one rank; all results on all ranks.
 
     Rank r takes the tasks r, r + R, r + 2R, ... one after the other; in ``function`` ranks do not
-    communicate. For whole searches from several starts, cross-validation, evaluation. Losses whose
-    gradients are wanted, such as those of MAML, go into a :class:`DataParallel` objective instead.
+    communicate. It is made for whole searches from several starts, cross-validation, evaluation. A
+    loss that needs gradients, such as that of MAML, goes into a :class:`DataParallel` objective.
 
     Args:
         function: of one task; returns something that can be pickled, with tensors on the CPU.
@@ -131,7 +127,7 @@ def map_tasks(
 
     Raises:
         TypeError, ValueError: ``function`` cannot be called, or there is no process group.
-        DistributedError: on all ranks, when all have done what they could: tasks failed on some.
+        DistributedError: on all ranks, after all tasks have run: some of them failed.
     """
     check_objective(function, "function", "(task)")
     ranks = ranks_of(group)

@@ -1,9 +1,9 @@
-"""Derivatives of the mean over all ranks, where each has several batches: one message a product.
+"""Derivatives of the mean over all ranks that have several batches each: one message per product.
 
 f̄ = Σ_r w_r f_r / Σ_r w_r,   f_r the mean over the batches of rank r
 
 Each rank passes over its own batches by :class:`hypergrad.operators.averaged.AveragedHessian`, on
-whole copies of θ and φ, and what it finds is summed over the ranks.
+whole copies of θ and φ, and its result is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OwnPart:
         ranks: all that take part.
         objective: ``f_r``.
         weight: returns ``w_r``.
-        device: of θ, where numbers are exchanged as well.
+        device: of θ, and for exchanged numbers.
     """
 
     ranks: Ranks
@@ -53,13 +53,13 @@ class OwnPart:
         random_state: RandomState,
         work: Callable[[Tree, Tree], tuple[float, Result]],
     ) -> tuple[float, Result, float]:
-        """The mean of all values, what else ``work`` returned, and this rank's part of all weights.
+        """Return the mean of all values, the other result of ``work``, and this rank's share.
 
         Args:
             params: θ.
             hparams: φ.
             random_state: of the caller, the same on all ranks.
-            work: of whole copies of both; returns the value of ``f_r`` and something more.
+            work: takes whole copies of both; returns the value of ``f_r`` and another result.
 
         Raises:
             DistributedError: on all ranks; one of them failed, or they differ.
@@ -80,7 +80,7 @@ class OwnPart:
         return float(mean), results[0], call.share
 
     def whole(self, tree: Tree) -> Tree:
-        """All of each leaf, plain; nothing is sent for plain ones."""
+        """All of each leaf, plain; plain leaves need no message."""
         leaves = tr.leaves(tree)
         whole = Exchange(leaves, self.ranks).spread([leaf.detach() for leaf in leaves])
         return tr.unflatten_like(tree, whole)
@@ -91,14 +91,14 @@ class OwnPart:
         return tr.unflatten_like(like, exchange.collect(tr.leaves(tr.cast_like(tree, like))))
 
     def together(self, work: Callable[[], Tree]) -> Tree:
-        """``work()``, which evaluates this rank's batches; if it raises on one rank, all raise."""
+        """Return ``work()`` of this rank's batches; if it fails on one rank, all raise."""
         results: list[Tree] = []
         failure: Exception | None = None
         try:
             results.append(work())
         except Exception as error:
             failure = error
-        # One number: a rank that waited for the product of one that failed would wait for ever.
+        # One number: without it a rank would wait endlessly for the product of one that failed.
         failures = torch.tensor(float(failure is not None), device=self.device)
         if self.ranks.summed(failures).item():
             self.ranks.raise_failure(failure)
@@ -108,7 +108,7 @@ class OwnPart:
 def shared_value_and_gradients(
     own: OwnPart, params: Tree, hparams: Tree, name: str, random_state: RandomState
 ) -> tuple[float, Tree, Tree]:
-    """``f̄``, ``∂_θ f̄`` and ``∂_φ f̄``; see :func:`hypergrad.minibatch.value_and_gradients`."""
+    """``f̄``, ``∂_θ f̄`` and ``∂_φ f̄``; see :func:`value_and_gradients`."""
 
     def work(theta: Tree, phi: Tree) -> tuple[float, tuple[Tree, Tree]]:
         leaves = fresh_leaves(theta), fresh_leaves(phi)
@@ -127,7 +127,7 @@ class SharedHessian(Hessian):
         inner: the mean.
         own: what this rank adds to it.
         params: θ, plain tensors that are the same on all ranks, or sharded ones.
-        hparams: φ, likewise.
+        hparams: φ, of the same kinds.
         part: the class of the Hessian of one batch.
     """
 

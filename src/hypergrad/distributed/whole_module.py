@@ -22,27 +22,27 @@ class WholeModule:
     """``f(params, hparams)`` of a module that ``torch.func.functional_call`` cannot run.
 
     A module wrapped by ``torch.distributed.fsdp.fully_shard`` gathers and frees its own parameters
-    layer by layer, in hooks that know no others and allow no second derivative. Here they get the
-    values of ``params`` for one forward and one backward pass and then their own back: first
-    derivatives only. Hessian products come by finite differences of them, ``mode="auto"`` (with a
-    warning) and ``mode="finite-difference"`` alike; ``mode="reverse"`` raises.
+    layer by layer. Its hooks know no other parameters and allow no second derivative. So the module
+    gets the values of ``params`` for one forward and one backward pass, and its own back
+    afterwards: first derivatives only. Hessian products are finite differences of them, with
+    ``mode="auto"`` (and a warning) or ``mode="finite-difference"``; ``mode="reverse"`` raises.
 
-    An objective that calls ``functional_call`` on such a module is refused with a ``ValueError``:
-    the hooks put the module's own parameters in the place of those that are passed, so that the
-    gradient of what it computes would be lost. In other objectives such a module may run with
-    frozen parameters of its own, such as one that makes features.
+    An objective that calls ``functional_call`` on such a module raises ``ValueError``: the hooks
+    replace the parameters that are passed by the module's own, which would lose the gradient. In
+    other objectives such a module may run with frozen parameters of its own, for example to compute
+    features.
 
     Args:
         module: its parameters that require gradients are θ, by their names:
             ``{name: p for name, p in module.named_parameters() if p.requires_grad}``.
         loss: ``loss(module, hparams, ...)``, a scalar on this rank's batch, from calls of the
             module. With ``fully_shard`` the mean over the ranks is differentiated, as it is in
-            training; for φ and for the value the ranks are averaged here.
+            training. For φ and the value, the ranks are averaged here.
         group: the process group; ``None`` is the default group.
 
     Raises:
-        TypeError, ValueError: ``module`` is none, ``loss`` cannot be called, there is no process
-            group, or while it runs, ``params`` are not those of the module.
+        TypeError, ValueError: ``module`` is no module, ``loss`` cannot be called, or there is no
+            process group; in a call, ``params`` are not those of the module.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WholeModule:
     def derive(
         self, params: Tree, hparams: Tree, arguments: tuple[Any, ...]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The value, and the gradients in the leaves of both trees."""
+        """Return the value, and the gradients in the leaves of both trees."""
         own = self.params
         before = {key: (p.detach().clone(), p.grad) for key, p in own.items()}
         phi = fresh_leaves(hparams)

@@ -70,7 +70,9 @@ def leaf_value(
                 f"{name} must have one element or broadcast to each leaf of params, got shape "
                 f"{tuple(value.shape)} for a leaf of shape {tuple(shape)}"
             )
-    return pl.beside(value, tr.leaves(params)[index]) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return pl.replicated_like(value, tr.leaves(params)[index])
+    return value
 
 
 def present(value: float | Tensor) -> bool:
