@@ -112,7 +112,7 @@ def _bare() -> Iterator[None]:
         "is_distributed": lambda value: False,
         "any_distributed": lambda values: False,
         "local": same, "parts": same, "full": same, "greatest": same, "placed": same,
-        "beside": same, "placed_alike": same, "elementwise": called, "through": called,
+        "replicated_like": same, "placed_alike": same, "elementwise": called, "through": called,
         "contributions": lambda parts: [part for part, _ in parts],
     }  # fmt: skip
     with ExitStack() as stack:

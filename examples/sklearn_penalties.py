@@ -3,7 +3,7 @@
     inner   w_k(φ) = argmin_w  ‖X_k w − y_k‖² / 2 n_k + Σ_j l1_j |w_j| + ½ Σ_j l2_j w_j²
     outer   g(φ) = mean over the folds k of the squared error of w_k on the rows left out of it
 
-φ holds the logarithms of the penalties: one, two, one a group of features, or one a feature, which
+φ holds the logarithms of the penalties: one, two, one per group of features, or one per feature, which
 for a grid is out of reach. The estimators stay scikit-learn's, called through `.fit`:
 `hg.fixed_point` differentiates their solution as the fixed point of a proximal gradient step,
 `hg.argmin` where there is no corner. Value and gradient go to SciPy's L-BFGS-B. LassoCV,
@@ -202,10 +202,10 @@ def compare(data: Data, title: str) -> tuple[list[dict[str, Any]], list[Any]]:
         ("elastic net: gradient", elastic_net, two, None, None),
         ("ridge: GridSearchCV, 30 values", ridge, one, ridges, l2),
         ("ridge: gradient", ridge, one, None, None),
-        ("lasso: gradient, one a group", lasso, data.groups, None, None),
-        ("ridge: gradient, one a group", ridge, data.groups, None, None),
-        ("lasso: gradient, one a feature", lasso, each, None, None),
-        ("ridge: gradient, one a feature", ridge, each, None, None),
+        ("lasso: gradient, one per group", lasso, data.groups, None, None),
+        ("ridge: gradient, one per group", ridge, data.groups, None, None),
+        ("lasso: gradient, one per feature", lasso, each, None, None),
+        ("ridge: gradient, one per feature", ridge, each, None, None),
     ]
     rows, curves = [], []
     starts = dict.fromkeys((lasso, elastic_net, ridge), float(np.log(largest / 30.0)))

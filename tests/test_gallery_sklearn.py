@@ -79,9 +79,8 @@ def test_more_penalties_fit_the_folds_better_and_groups_the_test_rows_too(
     runs: Runs, family: str
 ) -> None:
     searches = runs["sklearn_penalties"][0]
-    one, groups, features = (
-        searches[f"{family}: gradient{kind}"] for kind in ("", ", one a group", ", one a feature")
-    )
+    kinds = "", ", one per group", ", one per feature"
+    one, groups, features = (searches[f"{family}: gradient{kind}"] for kind in kinds)
     assert [row["penalties"] for row in (one, groups, features)] == [1, 4, 40]
     assert features["validation loss"] < one["validation loss"]
     assert groups["validation loss"] < one["validation loss"]

@@ -90,7 +90,7 @@ def to_an_error(session: Session, record: Record, size: Size) -> None:
         + "; ".join(f"{BY_NAME[n].title}: {', '.join(FAMILIES[n])}" for n in session.names)
         + ". Budgets: "
         + "; ".join(f"{k} {', '.join(map(str, v))}" for k, v in BUDGETS.items())
-        + f", block CG, sketched CG (rank {SKETCH}, drawn anew), CG by a "
+        + f", block CG, sketched CG (rank {SKETCH}, drawn again), CG by a "
         "diagonal of 10 products and MINRES as CG; α = 1/λ_max for Neumann, ρ = L2 for "
         "Nyström. What fails at all, or never reaches the error, is not timed.",
         rows,

@@ -20,18 +20,9 @@ def check_options(
     autocast: Any,
     callbacks: Sequence[Any],
 ) -> None:
-    """Raise unless each is what :class:`hypergrad.BilevelSolver` says.
+    """Raise ``TypeError`` or ``ValueError`` for what :class:`BilevelSolver` does not take.
 
-    Args:
-        counts: integers from 1 by their names.
-        warmup_steps: see there, as are the others.
-        project: see there.
-        restart: see there.
-        autocast: see there.
-        callbacks: see there.
-
-    Raises:
-        TypeError, ValueError: one is not.
+    ``counts`` holds integers from 1 by their names; the others are its arguments.
     """
     if inside_a_transform():
         raise ValueError(

@@ -20,7 +20,7 @@ class Rise:
     For three rows, or as many as cover the batches of g once: a single batch may be a hard one.
 
     Args:
-        loader: of g; ``None`` is one batch for ever.
+        loader: of g; ``None`` is the same batch always.
         batches: how many of them a row takes.
     """
 

@@ -236,7 +236,7 @@ class BilevelSolver:
 
     @property
     def hparams(self) -> Tree:
-        """φ, likewise."""
+        """φ, in the structure that the caller gave."""
         return self._hparams.tree
 
     @property
@@ -266,7 +266,7 @@ class BilevelSolver:
         return self.history
 
     def __iter__(self) -> Iterator[Record]:
-        """Go on as :meth:`run` does, one record at a time; whoever breaks off can go on later.
+        """Go on as :meth:`run` does, one record at a time; after a break it can go on later.
 
         Ctrl-C stops the loop when the present step is done, a second one at once.
         """

@@ -105,7 +105,7 @@ class Report:
             problem could not be solved again.
         verification: whether the derivatives agree with differences, the worst of four directions.
         findings: what is wrong; empty if nothing is.
-        recommendation: which method and settings to use, in words.
+        recommendation: a sentence: which method and settings to use.
         unused: the outer parameters that no gradient reaches.
         closed_over: tensors of the caller's that an objective uses in place of its arguments.
     """
@@ -185,7 +185,7 @@ class UnrolledReport:
         slope_by_differences: the same by central differences of whole runs of the optimiser.
         verification: whether the derivatives agree with differences where the steps begin.
         findings: what is wrong; empty if nothing is.
-        recommendation: what to do, in words.
+        recommendation: a sentence: what to do.
     """
 
     outer_size: int

@@ -1,4 +1,4 @@
-"""One evaluation of an objective by all ranks, and what they send each other besides its value."""
+"""One evaluation of an objective by all ranks, and what they send each other with its value."""
 
 from __future__ import annotations
 

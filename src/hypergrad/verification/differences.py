@@ -1,4 +1,4 @@
-"""Derivatives of an objective beside differences of lower ones, and a verdict on each.
+"""Derivatives of an objective compared with differences of lower ones, and verdicts.
 
 Along ``θ ± ε u`` gradients check products with second derivatives, and values check gradients by
 the trapezoidal rule; see :mod:`hypergrad.verification.verification`.

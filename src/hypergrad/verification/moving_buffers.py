@@ -31,7 +31,7 @@ def outer_gradients(
     Args:
         outer: g.
         params: θ, leaves that require gradients.
-        hparams: φ, likewise.
+        hparams: φ, leaves too.
         buffers: where f has left them; those gradients come by the modules' own tensors.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which choices of a loop go together; those that do not are refused in words."""
+"""Which choices of a loop go together; others are refused with a message."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class StocBiO(Estimator):
 
     Args:
         terms: Q of the paper; costs ``terms − 1`` products.
-        step: η of the paper; ``None`` is 1/λ_max, estimated anew each time by ten products.
+        step: η of the paper; ``None`` is 1/λ_max, estimated each time by ten products.
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of its range.
@@ -245,7 +245,7 @@ class AmIGO(Estimator):
 
     Args:
         steps: N of the paper; each costs one product.
-        step: β of the paper; ``None`` is 1/λ_max, estimated anew each time by ten products.
+        step: β of the paper; ``None`` is 1/λ_max, estimated each time by ten products.
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of its range.

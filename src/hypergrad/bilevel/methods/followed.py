@@ -15,7 +15,7 @@ from hypergrad.optimizers import State
 
 
 class Followed:
-    """The caller's optimiser and scheduler, for whoever trains on after the loop.
+    """The caller's optimiser and scheduler, for training after the loop.
 
     Args:
         optimizer: as it is where the twin begins.

@@ -39,7 +39,7 @@ class CompiledHessian(Hessian):
 
     Raises:
         CompilationError: ``torch.compile`` cannot take ``inner`` as one graph (``fullgraph=True``),
-            ``inner`` has effects besides its value, or there is no compiler.
+            ``inner`` has effects other than its value, or there is no compiler.
         DoubleBackwardError: an operation of ``inner`` has no second derivative.
         ValueError: θ or φ hold ``DTensor``\ s.
     """
