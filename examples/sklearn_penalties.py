@@ -3,8 +3,8 @@
     inner   w_k(φ) = argmin_w  ‖X_k w − y_k‖² / 2 n_k + Σ_j l1_j |w_j| + ½ Σ_j l2_j w_j²
     outer   g(φ) = mean over the folds k of the squared error of w_k on the rows left out of it
 
-φ holds the logarithms of the penalties: one, two, one per group of features, or one per feature, which
-for a grid is out of reach. The estimators stay scikit-learn's, called through `.fit`:
+φ holds the logarithms of the penalties: one, two, one per group of features, or one per feature,
+which for a grid is out of reach. The estimators stay scikit-learn's, called through `.fit`:
 `hg.fixed_point` differentiates their solution as the fixed point of a proximal gradient step,
 `hg.argmin` where there is no corner. Value and gradient go to SciPy's L-BFGS-B. LassoCV,
 ElasticNetCV and GridSearchCV search on the same folds.
