@@ -215,7 +215,7 @@ def test_half_precision_models_get_wide_products() -> None:
         (
             lambda: EmpiricalFisher(lambda w, h: w["b"].sum(), PARAMS, DECAY),
             ValueError,
-            r"losses must return one loss a sample, shape \(N,\), got \(\)",
+            r"losses must return one loss per sample, shape \(N,\), got \(\)",
         ),
         (
             lambda: Root(lambda w, h: w["b"], PARAMS, DECAY),
