@@ -220,9 +220,12 @@ SMALL: list[Callable[[], Problem]] = [
 LARGE: list[Callable[[], Problem]] = [
     partial(quadratic, 60, 1e4),
     partial(quadratic, 300, 1e3),
-    partial(quadratic, 2000, 1e2),
-    partial(quadratic, 2000, 1e4),
+    partial(quadratic, 600, 1e2),
+    partial(quadratic, 600, 1e4),
 ]
+
+HUGE: list[Callable[[], Problem]] = [partial(quadratic, 2000, 1e2), partial(quadratic, 2000, 1e4)]
+"""For long tests."""
 
 ALL = SMALL + LARGE
 

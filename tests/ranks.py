@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-DEADLINE = 120.0
+DEADLINE = 900.0
 """Seconds until whatever still runs is killed."""
 
 _HOURS = datetime.timedelta(hours=2)  # gloo's own patience: never what ends a test

@@ -470,7 +470,8 @@ def test_a_warm_up_can_be_interrupted_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the outer loss has risen")
-def test_memory_stays_constant_over_ten_thousand_steps() -> None:
+@pytest.mark.parametrize("steps", [1_000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_memory_stays_constant_over_thousands_of_steps(steps: int) -> None:
     """Tensors are counted, and bytes where the system tells: a row of the history is 200."""
     w, c = torch.zeros(1), torch.ones(1)
     solver = hg.BilevelSolver(
@@ -484,9 +485,9 @@ def test_memory_stays_constant_over_ten_thousand_steps() -> None:
             c,
             torch.optim.Adam([c], lr=1e-4),
         ),
-        outer_steps=10_000,
+        outer_steps=steps,
         method=bl.T1T2(),
-        callbacks=[bl.EarlyStopping(patience=10_000)],
+        callbacks=[bl.EarlyStopping(patience=steps)],
     )
 
     def alive() -> int:
@@ -496,13 +497,14 @@ def test_memory_stays_constant_over_ten_thousand_steps() -> None:
     counts: list[int] = []
     sizes: list[int] = []
     for record in solver:
-        if record.step % 3000 == 1000:
+        if record.step % (3 * steps // 10) == steps // 10:
             counts.append(alive())
             sizes.append(resident_bytes())
-    assert solver.outer_step == 10_000
+    assert solver.outer_step == steps
     assert len(counts) == 4
     assert max(counts) <= counts[0] + 2
-    assert sizes[-1] - sizes[0] < 9000 * 1000
+    # Of few steps, what the allocator holds back is more than 1,000 bytes for each.
+    assert sizes[-1] - sizes[0] < max(9 * steps // 10 * 1000, 4 * 2**20)
 
 
 def resident_bytes() -> int:

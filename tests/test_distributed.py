@@ -27,21 +27,37 @@ def difference(a: object, b: object) -> float:
 
 
 EVERY = tuple(programs.METHODS)
-CASES = [
-    (1, "mlp", EVERY, ("replicated", "sharded-params")),
-    (1, "cnn", programs.FEW, ("replicated", "sharded-params")),
-    (2, "mlp", EVERY, ("replicated", "sharded-params", "sharded-both")),
-    (2, "cnn", programs.FEW, ("replicated", "sharded-params", "sharded-columns")),
-    (3, "mlp", programs.FEW, ("replicated", "sharded-params", "sharded-both")),
-    (3, "cnn", programs.FEW, ("replicated", "sharded-params")),
-    (4, "mlp", programs.FEW, ("replicated", "sharded-params", "replicas-of-shards")),
-    (4, "cnn", programs.FEW, ("replicated", "sharded-params", "shards-of-shards")),
-]
+FEW = programs.FEW
+BOTH = ("replicated", "sharded-params")
+CASES = {
+    "1-mlp": (1, "mlp", FEW, BOTH),
+    "2-mlp, replicated": (2, "mlp", EVERY, ("replicated",)),
+    "2-mlp, sharded": (2, "mlp", EVERY, ("sharded-params",)),
+    "2-cnn": (2, "cnn", ("cg", "nystrom", "adam-graph"), (*BOTH, "sharded-columns")),
+    "3-mlp": (3, "mlp", FEW, ("replicated", "sharded-both")),
+    "3-cnn": (3, "cnn", ("cg", "sgd-recompute"), BOTH),
+    "4-mlp": (4, "mlp", ("cg", "sgd-recompute"), ("replicas-of-shards",)),
+    "4-cnn": (4, "cnn", ("cg", "nystrom"), ("shards-of-shards",)),
+}
+"""Every method, placement, model and number of ranks, but not all of them with each other."""
+ALL = {
+    "all, 1-mlp": (1, "mlp", EVERY, BOTH),
+    "all, 1-cnn": (1, "cnn", FEW, BOTH),
+    "all, 2-mlp": (2, "mlp", EVERY, (*BOTH, "sharded-both")),
+    "all, 2-cnn": (2, "cnn", FEW, (*BOTH, "sharded-columns")),
+    "all, 3-mlp": (3, "mlp", FEW, (*BOTH, "sharded-both")),
+    "all, 3-cnn": (3, "cnn", FEW, BOTH),
+    "all, 4-mlp": (4, "mlp", FEW, (*BOTH, "replicas-of-shards")),
+    "all, 4-cnn": (4, "cnn", FEW, (*BOTH, "shards-of-shards")),
+}
 
 
 @pytest.mark.parametrize(
     ("size", "model", "methods", "placements"),
-    [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in CASES],
+    [
+        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.long) for name, case in ALL.items()),
+    ],
 )
 def test_every_method_gives_the_answer_of_one_process(ranks, size, model, methods, placements):
     problem = programs.MODELS[model]()

@@ -7,16 +7,28 @@ from collections.abc import Callable
 import optree
 import pytest
 import torch
-from problems import ALL, SMALL, Problem, name_of, quadratic, relative_error, ridge, traits
+from problems import (
+    ALL,
+    HUGE,
+    SMALL,
+    Problem,
+    name_of,
+    quadratic,
+    relative_error,
+    ridge,
+    traits,
+)
 from solvers import SOLVERS
 
 import hypergrad as hg
 
 PAIRS = [
-    pytest.param(case.exact, make, id=f"{name}-{name_of(make)}")
+    pytest.param(
+        case.exact, make, id=f"{name}-{name_of(make)}", marks=[pytest.mark.long] * (make in HUGE)
+    )
     for name, case in SOLVERS.items()
     if case.exact is not None
-    for make in ALL
+    for make in ALL + HUGE
     if case.affordable(*traits(make))
 ]
 

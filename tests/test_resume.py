@@ -168,21 +168,25 @@ def test_schedules_restarts_and_every_random_state_are_resumed(tmp_path: Path) -
 KILLED = Path(__file__).parent / "killed.py"
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("saba", "iterable", "persistent")]
+METHODS_KILLED = ("implicit", "unrolled", "soba")
+LONG = [
+    pytest.param(name, 20, marks=pytest.mark.long)
+    for name in (*METHODS_KILLED, "saba", "iterable", "persistent")
+]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("method", ["implicit", "unrolled", "soba", *LONG])
+@pytest.mark.parametrize(("method", "kills"), [*((name, 4) for name in METHODS_KILLED), *LONG])
 def test_a_loop_killed_at_random_moments_ends_as_one_that_was_not(
-    tmp_path: Path, method: str
+    tmp_path: Path, method: str, kills: int
 ) -> None:
     """Each time by SIGKILL, with two workers a loader; a resumption a time."""
     done = subprocess.run(
-        [sys.executable, str(KILLED), method, str(tmp_path), "--kills=20"],
-        capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, str(KILLED), method, str(tmp_path), f"--kills={kills}"],
+        capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 kills" in done.stdout
+    assert f"{kills} kills" in done.stdout
 
 
 def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
