@@ -166,7 +166,7 @@ def test_the_average_of_local_inverses_is_another_quantity(ranks):
     assert difference(of_local_inverses, exact) > 0.02
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize(
     ("failure", "kind", "words"),
     [
@@ -273,8 +273,22 @@ def test_dropout_differs_between_ranks_and_not_between_products(ranks):
     assert len(set(ranks(3, programs.own_masks))) == 3
 
 
-@pytest.mark.parametrize("kind", ["replicated", "sharded-params"])
-@pytest.mark.parametrize("method", ["cg", "unrolled", "soba"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("replicated", "cg"),
+        ("sharded-params", "unrolled"),
+        ("sharded-params", "soba"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("replicated", "unrolled"),
+                ("replicated", "soba"),
+                ("sharded-params", "cg"),
+            )
+        ),
+    ],
+)
 def test_a_run_goes_on_with_fewer_ranks(ranks, tmp_path, kind, method):
     whole = programs.loop_alone(method, 6)
     for size, steps in ((4, 2), (2, 4), (1, 6)):

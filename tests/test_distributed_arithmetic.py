@@ -139,9 +139,20 @@ def test_the_page_has_the_scaling_that_was_measured():
     assert written(page, kept["command"]) == scaling.tables(kept)
 
 
+def test_what_a_rank_measures_makes_a_table(ranks):
+    sizes, rows = scaling.QUICK_SIZES, 32
+    alone = scaling.Row("strong", "alone", 1, rows, **scaling.measure_rank("alone", sizes, rows, 1))
+    found = ranks(2, scaling.measure_rank, "sharded", sizes, rows // 2, 1)[0]
+    assert_tabled(alone, scaling.Row("strong", "sharded", 2, rows // 2, **found))
+
+
+@pytest.mark.long
 def test_scaling_is_measured_over_ranks():
     alone = scaling.measure("strong", "alone", 1, 32, quick=True)
-    row = scaling.measure("strong", "sharded", 2, 16, quick=True)
+    assert_tabled(alone, scaling.measure("strong", "sharded", 2, 16, quick=True))
+
+
+def assert_tabled(alone, row):
     assert (row.ranks, row.rows, row.placement) == (2, 16, "sharded")
     assert min(row.hypergradient, row.product, row.messages) > 0
     tables = scaling.tables(scaling.record([alone, row], scaling.QUICK_SIZES))

@@ -17,17 +17,31 @@ from benchmarks.peers.environments import BY_NAME
 from benchmarks.peers.session import Measured, Session, Task
 
 
+@pytest.mark.long
 def test_ours_and_the_floor_go_through_every_workload(tmp_path, capsys):
     peers.main(["--quick", "--peers", "ours,floor", "--output", str(tmp_path)])
     content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "c", "d_sgd", "d_adam"}
     assert tables | {"d_profile", "e", "f_time", "f_memory"} == set(content["tables"])
+    assert_both_have_times(content, tmp_path, capsys.readouterr().out)
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"peers_error.png", "peers_growth.png"}
+
+
+def test_ours_and_the_floor_go_through_two_workloads(tmp_path, capsys):
+    arguments = ["--quick", "--peers", "ours,floor", "--only", "a,d", "--output", str(tmp_path)]
+    peers.main(arguments)
+    content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
+    tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "d_sgd", "d_adam", "d_profile"}
+    assert tables == set(content["tables"])
+    assert_both_have_times(content, tmp_path, capsys.readouterr().out)
+
+
+def assert_both_have_times(content, folder, out):
     for name in ("a", "d_sgd", "d_adam"):
         rows = content["tables"][name]["rows"]
         assert {row[""].split(",")[0] for row in rows} == {"hypergrad (here)", "PyTorch"}
         assert all(row["ms"] > 0.0 and row["remark"] == "" for row in rows)
-    assert (tmp_path / "peers.md").read_text(encoding="utf-8") in capsys.readouterr().out
-    assert {path.name for path in tmp_path.glob("*.png")} >= {"peers_error.png", "peers_growth.png"}
+    assert (folder / "peers.md").read_text(encoding="utf-8") in out
 
 
 @pytest.mark.parametrize("method", ["cg", "neumann"])
@@ -108,7 +122,7 @@ def test_the_page_is_what_its_run_wrote():
     assert set(content["versions"]) | set(content["failures"]) == set(BY_NAME)
 
 
-@pytest.mark.parametrize("row", [0, 5])
+@pytest.mark.parametrize("row", [0, pytest.param(5, marks=pytest.mark.long)])
 def test_the_page_of_large_models_has_what_its_command_counts(row):
     setting = large_models.SETTINGS[row]
     cells = [*setting.cells, f"{large_models.peak(setting):.0f}"]
@@ -116,9 +130,9 @@ def test_the_page_of_large_models_has_what_its_command_counts(row):
     assert f"| {' | '.join(cells)} |" in written(page_text, large_models.COMMAND)
 
 
-def test_the_page_of_large_models_has_what_checkpoints_save():
+@pytest.mark.parametrize("row", [1, pytest.param(5, marks=pytest.mark.long)])
+def test_the_page_of_large_models_has_what_checkpoints_save(row):
+    setting = checkpointed.SETTINGS[row]
+    cells = [*setting.cells, f"{checkpointed.peak(setting):.0f}"]
     page_text = large_models.PAGE.read_text(encoding="utf-8")
-    for row in (1, 5):
-        setting = checkpointed.SETTINGS[row]
-        cells = [*setting.cells, f"{checkpointed.peak(setting):.0f}"]
-        assert f"| {' | '.join(cells)} |" in written(page_text, checkpointed.COMMAND)
+    assert f"| {' | '.join(cells)} |" in written(page_text, checkpointed.COMMAND)
