@@ -56,10 +56,10 @@ docs: $(STAMP) ## Build the documentation into site/, strictly, and check its li
 	$(BIN)/linkchecker --no-status --no-warnings site/index.html
 
 test: $(STAMP) ## Run the tests, a process for each core
-	$(BIN)/python -m pytest -n auto -m "not long"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 
 test-long: $(STAMP) ## Run the tests that take minutes: damaged files, kills, 4,000 linear systems
-	$(BIN)/python -m pytest -n auto -m long
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 # A plain PyTorch is a build for CUDA: some 5 GB for each of the two environments.
 test-versions: ## Run the tests on the oldest and the newest Python and PyTorch

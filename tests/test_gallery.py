@@ -13,8 +13,10 @@ from gallery import ROOT, idx, refuses, run, start, write
 from matplotlib.figure import Figure
 
 import hyper_cleaning
+import hypergrad as hg
 import mnist
 import report
+import weight_decay
 
 
 @pytest.fixture
@@ -176,7 +178,22 @@ def test_hyper_cleaning_finds_wrong_labels_and_helps_on_test_rows(
         assert learned["test accuracy, %"] > oracle["test accuracy, %"] - 5.0
 
 
-def test_weight_decays_apart_are_worth_more_than_one(tmp_path: Path) -> None:
+def test_weight_decays_apart_are_worth_more_than_one(capsys: pytest.CaptureFixture[str]) -> None:
+    data = weight_decay.load(seed=0)
+    methods = weight_decay.compare_methods(data, repeats=1)
+    cg = next(row for row in methods if row["method"] == "CG")
+    assert cg["status"] == "CONVERGED"
+    assert cg["relative error"] < 1e-5
+    assert "What hg.check says of the problem" in capsys.readouterr().out
+    learned = weight_decay.tune(data, hg.CG(rtol=1e-6), 40).hparams
+    single, before = weight_decay.best_single_decay(data), weight_decay.start()[2]
+    losses = [weight_decay.loss(data, decay) for decay in (learned, single, before)]
+    assert losses == sorted(losses)
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.long
+def test_every_exact_method_finds_weight_decays_worth_more_than_one(tmp_path: Path) -> None:
     out, tables = run(tmp_path, "weight_decay", "--repeats=1")
     assert "What hg.check says of the problem" in out
     methods, splits = tables.values()

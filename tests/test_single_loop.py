@@ -28,10 +28,10 @@ METHODS: dict[str, tuple[SingleLoop, float, float, int, float]] = {
     # The method, step sizes of θ and φ, steps, and the error that they leave.
     "F2SA": (F2SA(lr=0.2, penalty=5.0, growth=0.1), 0.2, 0.05, 1500, 0.02),
     "V-PBGD": (VPBGD(lr=0.45, penalty=50.0), 0.2, 0.02, 1500, 0.03),
-    "BOME": (BOME(lr=0.45), 0.02, 0.02, 3000, 0.04),
+    "BOME": (BOME(lr=0.45), 0.02, 0.02, 800, 0.04),
     "MEHA": (MEHA(lr=0.2), 0.2, 0.5, 3000, 0.01),
-    "SOBA": (SOBA(lr=0.2), 0.2, 0.05, 1000, 1e-6),
-    "SABA": (SABA(lr=0.1, generator=seeded()), 0.1, 0.02, 3000, 1e-6),
+    "SOBA": (SOBA(lr=0.2), 0.2, 0.1, 300, 1e-6),
+    "SABA": (SABA(lr=0.1, generator=seeded()), 0.1, 0.05, 600, 1e-6),
 }
 
 
