@@ -215,12 +215,19 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_number(
-    value: Any, name: str, *, above: float = -math.inf, at_least: float = -math.inf
+    value: Any,
+    name: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    optional: bool = False,
 ) -> None:
     """Raise unless ``value`` is a finite real number, ``> above`` and ``≥ at_least``.
 
     It raises ``TypeError`` for another type, ``ValueError`` for another number.
     """
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     if not math.isfinite(value) or value <= above or value < at_least:

@@ -32,19 +32,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class OwnPart:
-    """What a rank adds to the mean.
-
-    Attributes:
-        ranks: all that take part.
-        objective: ``f_r``.
-        weight: returns ``w_r``.
-        device: of θ, and for exchanged numbers.
-    """
+    """What a rank adds to the mean."""
 
     ranks: Ranks
-    objective: Averaged
-    weight: Callable[[], float]
-    device: torch.device
+    objective: Averaged  # f_r
+    weight: Callable[[], float]  # returns w_r
+    device: torch.device  # of θ, and for exchanged numbers
 
     def evaluated(
         self,

@@ -49,8 +49,7 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         check_count(self.terms, "terms")
-        if self.step is not None:
-            check_number(self.step, "step", above=0.0)
+        check_number(self.step, "step", above=0.0, optional=True)
         check_number(self.rtol, "rtol", at_least=0.0)
 
     @property

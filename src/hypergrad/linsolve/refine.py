@@ -15,19 +15,12 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Cycle:
-    """The result of one run of a method.
+    """The result of one run of a method."""
 
-    Attributes:
-        correction: the answer, always finite.
-        iterations: how many the run took.
-        status: why the method cannot go on; ``None`` if it met its target or used its budget.
-        residuals: the norms that its recurrence gave after each iteration.
-    """
-
-    correction: Tree
-    iterations: int
-    status: Status | None
-    residuals: list[float]
+    correction: Tree  # the answer, always finite
+    iterations: int  # how many the run took
+    status: Status | None  # why the method cannot go on; None at its target or its budget
+    residuals: list[float]  # the norms that its recurrence gave after each iteration
 
 
 @dataclass(frozen=True)

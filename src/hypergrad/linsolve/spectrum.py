@@ -118,15 +118,10 @@ def _ritz_ends(
 
 @dataclass(frozen=True)
 class Tridiagonal:
-    """``T = Vᵀ A V`` in the orthonormal basis V of a Krylov space, symmetric and tridiagonal.
+    """``T = Vᵀ A V`` in the orthonormal basis V of a Krylov space, symmetric and tridiagonal."""
 
-    Attributes:
-        diagonal: k entries.
-        off: the k − 1 entries next to it.
-    """
-
-    diagonal: Sequence[float]
-    off: Sequence[float]
+    diagonal: Sequence[float]  # k entries
+    off: Sequence[float]  # the k − 1 entries next to it
 
     def ends(self) -> tuple[float, float]:
         """The smallest and the largest Ritz value; both lie within the spectrum of A.

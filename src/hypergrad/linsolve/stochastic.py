@@ -44,8 +44,7 @@ class StochasticNeumann(LinearSolver):
 
     def __post_init__(self) -> None:
         check_count(self.terms, "terms")
-        if self.step is not None:
-            check_number(self.step, "step", above=0.0)
+        check_number(self.step, "step", above=0.0, optional=True)
 
     def solve_scaled(self, operator: LinearOperator, rhs: Tree, rhs_scale: float) -> Outcome:
         step = self.step or _estimated_step(operator)
@@ -89,8 +88,7 @@ class SGDSolve(LinearSolver):
 
     def __post_init__(self) -> None:
         check_count(self.steps, "steps")
-        if self.step is not None:
-            check_number(self.step, "step", above=0.0)
+        check_number(self.step, "step", above=0.0, optional=True)
 
     @property
     def gains_from_x0(self) -> bool:

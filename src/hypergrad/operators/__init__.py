@@ -8,17 +8,6 @@ from hypergrad.operators.jacobians import Jacobian, Root
 from hypergrad.operators.simple import Damped, Matrix, Transposed, damped
 
 __all__ = [
-    "Damped",
-    "EmpiricalFisher",
-    "GaussNewton",
-    "Hessian",
-    "Jacobian",
-    "LinearOperator",
-    "Matrix",
-    "Mode",
-    "Root",
-    "SymmetricOperator",
-    "Transposed",
-    "damped",
-    "hessian",
-]
+    "Damped", "EmpiricalFisher", "GaussNewton", "Hessian", "Jacobian", "LinearOperator",
+    "Matrix", "Mode", "Root", "SymmetricOperator", "Transposed", "damped", "hessian",
+]  # fmt: skip

@@ -15,18 +15,6 @@ from hypergrad.optimizers.sgd import SGD
 from hypergrad.optimizers.translation import from_torch
 
 __all__ = [
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Clipped",
-    "Hyperparameter",
-    "Optimizer",
-    "RMSprop",
-    "Settings",
-    "Slot",
-    "State",
-    "check_optimizer",
-    "diff_sgd",
-    "from_torch",
-]
+    "SGD", "Adagrad", "Adam", "AdamW", "Clipped", "Hyperparameter", "Optimizer", "RMSprop",
+    "Settings", "Slot", "State", "check_optimizer", "diff_sgd", "from_torch",
+]  # fmt: skip

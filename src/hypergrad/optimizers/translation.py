@@ -149,15 +149,10 @@ class FromTorch(Optimizer):
 
 @dataclass(frozen=True, eq=False)
 class TorchRule(Optimizer):
-    """One step of a ``torch.optim`` class on one leaf, by its ``differentiable=True``.
+    """One step of a ``torch.optim`` class on one leaf, by its ``differentiable=True``."""
 
-    Attributes:
-        kind: the class.
-        options: its arguments.
-    """
-
-    kind: type[torch.optim.Optimizer]
-    options: dict[str, Any]
+    kind: type[torch.optim.Optimizer]  # the class
+    options: dict[str, Any]  # its arguments
 
     def leaf_settings(self, step: int, index: int, slot: Slot, params: Tree) -> Settings:
         options: Any = self.options

@@ -80,8 +80,7 @@ class SingleLoop(ABC):
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lr is not None:
-            check_number(self.lr, "lr", above=0.0)
+        check_number(self.lr, "lr", above=0.0, optional=True)
 
     @property
     def step_size(self) -> float:

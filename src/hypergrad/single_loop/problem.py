@@ -14,23 +14,14 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Parts:
-    """First derivatives of both objectives at θ, and of the gap ``q = f(θ, φ) − f(ω, φ)``.
+    """First derivatives of both objectives at θ, and of the gap ``q = f(θ, φ) − f(ω, φ)``."""
 
-    Attributes:
-        inner_value: ``f(θ, φ)``.
-        outer_value: ``g(θ, φ)``.
-        inner: ``∂_θ f = ∂_θ q``.
-        gap: ``∂_φ q = ∂_φ f(θ, φ) − ∂_φ f(ω, φ)``.
-        outer: ``∂_θ g``.
-        direct: ``∂_φ g``.
-    """
-
-    inner_value: float
-    outer_value: float
-    inner: Tree
-    gap: Tree
-    outer: Tree
-    direct: Tree
+    inner_value: float  # f(θ, φ)
+    outer_value: float  # g(θ, φ)
+    inner: Tree  # ∂_θ f = ∂_θ q
+    gap: Tree  # ∂_φ q = ∂_φ f(θ, φ) − ∂_φ f(ω, φ)
+    outer: Tree  # ∂_θ g
+    direct: Tree  # ∂_φ g
 
 
 @dataclass(frozen=True)

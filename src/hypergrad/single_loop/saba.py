@@ -22,15 +22,10 @@ from hypergrad.tree import Tree
 
 @dataclass(frozen=True)
 class Memory:
-    """What SABA remembers of all batches.
+    """What SABA remembers of all batches."""
 
-    Attributes:
-        inner: ``∂_θ f_i``, ``H_i v`` and ``(∂_φ F_i)ᵀ v`` of each inner batch.
-        outer: ``∂_θ g_j`` and ``∂_φ g_j`` of each outer batch.
-    """
-
-    inner: Table
-    outer: Table
+    inner: Table  # ∂_θ f_i, H_i v and (∂_φ F_i)ᵀ v of each inner batch
+    outer: Table  # ∂_θ g_j and ∂_φ g_j of each outer batch
 
 
 @dataclass(frozen=True)
@@ -184,15 +179,10 @@ class Table:
     it once and the error stays. In float32 the errors of the first steps, where derivatives are
     large, would limit all later ones. In float64, T steps leave about ``√T · 1e-16`` of the largest
     entry, less than the rounding of the entries.
-
-    Attributes:
-        entries: one per batch.
-        shares: ``p_i = w_i / Σ_j w_j``.
-        mean: of the entries.
     """
 
-    entries: tuple[Tree, ...]
-    shares: tuple[float, ...]
+    entries: tuple[Tree, ...]  # one per batch
+    shares: tuple[float, ...]  # p_i = w_i / Σ_j w_j
     mean: Tree
 
     @classmethod

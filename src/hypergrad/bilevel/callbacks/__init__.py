@@ -10,15 +10,6 @@ from hypergrad.bilevel.callbacks.tables import CSV, JSONL, TableFile
 from hypergrad.bilevel.callbacks.tensorboard import TensorBoard
 
 __all__ = [
-    "CSV",
-    "JSONL",
-    "Callback",
-    "Checkpoint",
-    "EarlyStopping",
-    "Evaluation",
-    "KeepBest",
-    "ProgressBar",
-    "TableFile",
-    "TensorBoard",
-    "Timer",
-]
+    "CSV", "JSONL", "Callback", "Checkpoint", "EarlyStopping", "Evaluation", "KeepBest",
+    "ProgressBar", "TableFile", "TensorBoard", "Timer",
+]  # fmt: skip

@@ -18,38 +18,20 @@ from hypergrad.tree import Tree
 class Solver(Protocol):
     """What a callback may use of a :class:`hypergrad.BilevelSolver`, whose page explains each."""
 
+    params: Tree
+    hparams: Tree
     inner: Level
     outer: Level
     history: History
     outer_steps: int
+    outer_step: int
+    inner_step: int
     stop_reason: str | None
     device: torch.device
     autocast: torch.dtype | None
+    modules: list[nn.Module]
     store: Store
-
-    @property
-    def params(self) -> Tree:
-        """θ."""
-
-    @property
-    def hparams(self) -> Tree:
-        """φ."""
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The modules of θ and φ."""
-
-    @property
-    def is_first_rank(self) -> bool:
-        """Whether this process shows and writes."""
-
-    @property
-    def outer_step(self) -> int:
-        """The number of outer steps so far."""
-
-    @property
-    def inner_step(self) -> int:
-        """The number of inner steps so far."""
+    is_first_rank: bool
 
     def stop(self, reason: str = "stopped") -> None:
         """End the loop after the present step."""

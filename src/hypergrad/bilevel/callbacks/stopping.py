@@ -121,8 +121,7 @@ class Timer(Callback):
     """
 
     def __init__(self, limit: float | None = None) -> None:
-        if limit is not None:
-            check_number(limit, "limit", above=0.0)
+        check_number(limit, "limit", above=0.0, optional=True)
         self._limit = limit
         self._before = 0.0
         self._began = time.perf_counter()

@@ -40,15 +40,10 @@ class Probes(ABC):
 
 @dataclass(frozen=True)
 class Coordinates(Probes):
-    """Unit vectors: their products are columns of the operator.
+    """Unit vectors: their products are columns of the operator."""
 
-    Attributes:
-        like: a vector of the space.
-        indices: their coordinates, shape ``(k,)``.
-    """
-
-    like: Tree
-    indices: Tensor
+    like: Tree  # a vector of the space
+    indices: Tensor  # their coordinates, shape (k,)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,15 +64,10 @@ class Coordinates(Probes):
 
 @dataclass(frozen=True)
 class Gaussian(Probes):
-    """Standard normal vectors, drawn from their seeds at each use and never kept.
+    """Standard normal vectors, drawn from their seeds at each use and never kept."""
 
-    Attributes:
-        like: a vector of the space.
-        seeds: one per vector.
-    """
-
-    like: Tree
-    seeds: tuple[int, ...]
+    like: Tree  # a vector of the space
+    seeds: tuple[int, ...]  # one per vector
 
     def __len__(self) -> int:
         return len(self.seeds)
