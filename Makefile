@@ -98,7 +98,7 @@ bench: $(STAMP) ## Measure the cost of products, hypergradients and memory (ten 
 
 # Virtual environments in .venv-peers: the first run takes minutes more to install them.
 bench-peers: $(STAMP) ## Measure hypergrad beside each of its peers, and write docs/benchmarks.md (half an hour)
-	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m peers
 
 clean: ## Remove the virtual environment and every cache
 	rm -rf $(VENV) .venv-peers $(REAL) .venv-versions .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

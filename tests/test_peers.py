@@ -10,16 +10,16 @@ import torch
 
 from benchmarks import checkpointed, large_models
 from benchmarks.blocks import written
-from benchmarks.peers import __main__ as peers
-from benchmarks.peers import data, growth, page, record, truth
-from benchmarks.peers.adapters import floor, ours
-from benchmarks.peers.environments import BY_NAME
-from benchmarks.peers.session import Measured, Session, Task
+from peers import __main__ as program
+from peers import data, growth, page, record, truth
+from peers.adapters import floor, ours
+from peers.environments import BY_NAME
+from peers.session import Measured, Session, Task
 
 
 @pytest.mark.long
 def test_ours_and_the_floor_go_through_every_workload(tmp_path, capsys):
-    peers.main(["--quick", "--peers", "ours,floor", "--output", str(tmp_path)])
+    program.main(["--quick", "--peers", "ours,floor", "--output", str(tmp_path)])
     content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "c", "d_sgd", "d_adam"}
     assert tables | {"d_profile", "e", "f_time", "f_memory"} == set(content["tables"])
@@ -29,7 +29,7 @@ def test_ours_and_the_floor_go_through_every_workload(tmp_path, capsys):
 
 def test_ours_and_the_floor_go_through_two_workloads(tmp_path, capsys):
     arguments = ["--quick", "--peers", "ours,floor", "--only", "a,d", "--output", str(tmp_path)]
-    peers.main(arguments)
+    program.main(arguments)
     content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "d_sgd", "d_adam", "d_profile"}
     assert tables == set(content["tables"])
@@ -76,7 +76,7 @@ def test_what_a_peer_raises_is_a_cell_of_its_row(tmp_path):
 
 
 def test_an_environment_that_is_not_there_is_reported(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.peers.environments.FOLDER", tmp_path)
+    monkeypatch.setattr("peers.environments.FOLDER", tmp_path)
     with Session(["higher"]) as session:
         (measured,) = session.measure([Task("higher", "unrolled", "nowhere", {})], 1)
     assert measured.failure == "not installed"
@@ -112,7 +112,7 @@ def test_the_fastest_peer_is_neither_ours_nor_the_floor():
 )
 def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        peers.main(arguments)
+        program.main(arguments)
     assert message in capsys.readouterr().err
 
 

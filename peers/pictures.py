@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.peers.environments import BY_NAME, OURS, PEERS
+from peers.environments import BY_NAME, OURS, PEERS
 
 COLOURS = {peer.name: f"C{number}" for number, peer in enumerate(PEERS)}
 MARKERS = {

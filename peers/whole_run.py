@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
-from benchmarks.peers import cleaning, data
-from benchmarks.peers.environments import BY_NAME, FLOOR, OURS, ROOT
-from benchmarks.peers.record import Record, Row, Table, remark
-from benchmarks.peers.session import Measured, Session, Task
-from benchmarks.peers.workloads import Size
+from peers import cleaning, data
+from peers.environments import BY_NAME, FLOOR, OURS, ROOT
+from peers.record import Record, Row, Table, remark
+from peers.session import Measured, Session, Task
+from peers.workloads import Size
 
 MNIST = ROOT / "examples" / "data" / "mnist"
 TARGET = 0.40

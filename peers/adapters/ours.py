@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad as hg
-from benchmarks.peers.adapters import NoSuchMethod
-from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, functional, weighted
-from benchmarks.peers.problems import Problem
+from peers.adapters import NoSuchMethod
+from peers.cleaning import INNER_LR, Cleaning, Watch, functional, weighted
+from peers.problems import Problem
 
 DISTRIBUTION = "hypergrad"
 

@@ -13,9 +13,9 @@ from betty.problems import ImplicitProblem, IterativeProblem
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import Done, NoSuchMethod, Vector, plain_optimizer
-from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, weighted
-from benchmarks.peers.problems import Problem, penalty
+from peers.adapters import Done, NoSuchMethod, Vector, plain_optimizer
+from peers.cleaning import INNER_LR, Cleaning, Watch, weighted
+from peers.problems import Problem, penalty
 
 DISTRIBUTION = "betty-ml"
 

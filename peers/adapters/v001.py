@@ -12,9 +12,9 @@ from hypergrad import approx_hypergrad, optimizers, solver
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import Done, NoSuchMethod, Vector
-from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, weighted
-from benchmarks.peers.problems import Problem
+from peers.adapters import Done, NoSuchMethod, Vector
+from peers.cleaning import INNER_LR, Cleaning, Watch, weighted
+from peers.problems import Problem
 
 DISTRIBUTION = "hypergrad"
 

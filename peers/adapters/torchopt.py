@@ -12,9 +12,9 @@ from torch.func import grad
 from torch.nn import functional as F
 from torchopt import linear_solve
 
-from benchmarks.peers.adapters import NoSuchMethod
-from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, functional, weighted
-from benchmarks.peers.problems import Params, Problem
+from peers.adapters import NoSuchMethod
+from peers.cleaning import INNER_LR, Cleaning, Watch, functional, weighted
+from peers.problems import Params, Problem
 
 DISTRIBUTION = "torchopt"
 

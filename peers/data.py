@@ -11,9 +11,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from benchmarks.peers import truth
-from benchmarks.peers.cleaning import Cleaning
-from benchmarks.peers.problems import Params, Problem
+from peers import truth
+from peers.cleaning import Cleaning
+from peers.problems import Params, Problem
 
 Sizes = tuple[int, ...]
 

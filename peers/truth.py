@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.peers.problems import Params, Problem
+from peers.problems import Params, Problem
 
 Product = Callable[[Tensor], Tensor]
 

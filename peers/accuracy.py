@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.peers import data
-from benchmarks.peers.environments import BY_NAME, FLOOR, OURS
-from benchmarks.peers.record import Goal, Record, Row, Table, by, fastest, remark, row
-from benchmarks.peers.session import Measured, Session, Task
-from benchmarks.peers.workloads import Size
+from peers import data
+from peers.environments import BY_NAME, FLOOR, OURS
+from peers.record import Goal, Record, Row, Table, by, fastest, remark, row
+from peers.session import Measured, Session, Task
+from peers.workloads import Size
 
 TARGET = 1e-2
 TRIALS = 3

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import NoSuchMethod, plain_optimizer
-from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch, weighted
-from benchmarks.peers.problems import Problem, penalty
+from peers.adapters import NoSuchMethod, plain_optimizer
+from peers.cleaning import INNER_LR, Cleaning, Watch, weighted
+from peers.problems import Problem, penalty
 
 DISTRIBUTION = "higher"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.environments import BY_NAME, ROOT, first_error, ready
+from peers.environments import BY_NAME, ROOT, first_error, ready
 
 Answer = dict[str, Any]
 SECONDS = 120.0
@@ -34,7 +34,7 @@ class Worker:
             # the holes in glibc's heap. Not where seconds count: mapping doubles them.
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         self._process = subprocess.Popen(
-            [str(BY_NAME[name].python), "-m", "benchmarks.peers.worker", name],
+            [str(BY_NAME[name].python), "-m", "peers.worker", name],
             cwd=ROOT, env=environment, text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip

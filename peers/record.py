@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.environments import BY_NAME, FLOOR, OURS
-from benchmarks.peers.session import Measured
+from peers.environments import BY_NAME, FLOOR, OURS
+from peers.session import Measured
 
-RESULTS = Path(__file__).parent.parent / "results"
-FIGURES = Path(__file__).parent.parent / "figures"
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent.parent / "benchmarks" / "figures"
 Row = dict[str, Any]
 WRONG = 10.0
 """Times the least error: nobody wants to be as fast as an answer that is further off."""

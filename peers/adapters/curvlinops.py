@@ -18,8 +18,8 @@ from curvlinops import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import NoSuchMethod
-from benchmarks.peers.problems import Params, Problem, penalty
+from peers.adapters import NoSuchMethod
+from peers.problems import Params, Problem, penalty
 
 DISTRIBUTION = "curvlinops-for-pytorch"
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import truth
-from benchmarks.peers.adapters import NoSuchMethod
-from benchmarks.peers.problems import Problem
+from peers import truth
+from peers.adapters import NoSuchMethod
+from peers.problems import Problem
 
 DISTRIBUTION = "torch"
 

@@ -1,7 +1,7 @@
 """The tables of docs/benchmarks.md, from the JSON that a run left.
 
-    python -m benchmarks.peers.page            # writes
-    python -m benchmarks.peers.page --check    # fails where the page is not what it would write
+    python -m peers.page            # writes
+    python -m peers.page --check    # fails where the page is not what it would write
 
 As in the gallery, all between two such lines is written anew:
 
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.environments import PEERS, ROOT
-from benchmarks.peers.record import RESULTS, Table, markdown
+from peers.environments import PEERS, ROOT
+from peers.record import RESULTS, Table, markdown
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"(<!-- peers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -99,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     old = PAGE.read_text(encoding="utf-8")
     new = filled(old, content)
     if options.check and new != old:
-        raise SystemExit(
-            f"{PAGE.relative_to(ROOT)} is not what `python -m benchmarks.peers.page` writes"
-        )
+        raise SystemExit(f"{PAGE.relative_to(ROOT)} is not what `python -m peers.page` writes")
     PAGE.write_text(new, encoding="utf-8")
     print("the page is as it should be" if new == old else f"{PAGE.relative_to(ROOT)} is new")
 

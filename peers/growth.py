@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.peers import data
-from benchmarks.peers.environments import BY_NAME, OURS
-from benchmarks.peers.problems import Problem
-from benchmarks.peers.record import Goal, Record, Row, Table, ratio, remark
-from benchmarks.peers.session import Measured, Session, Task
-from benchmarks.peers.workloads import Size
+from peers import data
+from peers.environments import BY_NAME, OURS
+from peers.problems import Problem
+from peers.record import Goal, Record, Row, Table, ratio, remark
+from peers.session import Measured, Session, Task
+from peers.workloads import Size
 
 EXPONENT_GOAL = 1.05
 CROSS_GOAL = 1.25

@@ -1,6 +1,6 @@
 """The same work by hypergrad and by its peers, in turn: ``make bench-peers``.
 
-    python -m benchmarks.peers --only a,d --peers ours,higher --repeats 5
+    python -m peers --only a,d --peers ours,higher --repeats 5
 
 (a) CG, (b) Neumann and Nyström, which come with (a), (c) to an error, (d) unrolled steps, (e) a
 whole run, (f) growth.
@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.peers import accuracy, growth, page, whole_run, workloads
-from benchmarks.peers.environments import BY_NAME, OURS, PEERS, install, ready
-from benchmarks.peers.pictures import draw
-from benchmarks.peers.record import FIGURES, RESULTS, Record
-from benchmarks.peers.session import Session
-from benchmarks.peers.workloads import Size
+from peers import accuracy, growth, page, whole_run, workloads
+from peers.environments import BY_NAME, OURS, PEERS, install, ready
+from peers.pictures import draw
+from peers.record import FIGURES, RESULTS, Record
+from peers.session import Session
+from peers.workloads import Size
 
 Part = Callable[[Session, Record, Size], None]
 PARTS: dict[str, tuple[Part, ...]] = {
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and save what was printed."""
     began = time.perf_counter()
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers", description=(__doc__ or "").splitlines()[0]
+        prog="python -m peers", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
         "--quick", action="store_true",
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for function in tqdm(functions, desc="workloads"):
             function(session, record, Size(repeats, options.quick))
         record.about = {
-            "command": shlex.join(["python", "-m", "benchmarks.peers", *(argv or sys.argv[1:])]),
+            "command": shlex.join(["python", "-m", "peers", *(argv or sys.argv[1:])]),
             "date": date.today().isoformat(),
             "seconds": time.perf_counter() - began,
             "machine": platform.machine(),

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers import cleaning
-from benchmarks.peers.problems import penalty
+from peers import cleaning
+from peers.problems import penalty
 
 
 def lower(feed: dict[str, Tensor], upper: nn.Module, network: nn.Module, **options: Any) -> Tensor:

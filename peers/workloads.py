@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import data, truth
-from benchmarks.peers.environments import BY_NAME, FLOOR, OURS
-from benchmarks.peers.record import Goal, Record, Row, Table, by, fastest, ours, ratio, row
-from benchmarks.peers.session import Measured, Session, Task
+from peers import data, truth
+from peers.environments import BY_NAME, FLOOR, OURS
+from peers.record import Goal, Record, Row, Table, by, fastest, ours, ratio, row
+from peers.session import Measured, Session, Task
 
 ITERATIONS = 20
 RHO = 0.1

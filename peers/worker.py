@@ -7,7 +7,7 @@
     {"do": "close", "key": k}
 
 An answer with ``failure`` says what went wrong in one line; with ``missing``, that the peer has no
-such method. ``python -m benchmarks.peers.worker NAME`` in the environment of the peer NAME.
+such method. ``python -m peers.worker NAME`` in the environment of the peer NAME.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.memory import can_be_measured, peak_mebibytes
-from benchmarks.peers import cleaning, problems
-from benchmarks.peers.adapters import NoSuchMethod
+from peers import cleaning, problems
+from peers.adapters import NoSuchMethod
 
 Answer = dict[str, Any]
 SHORT = 0.2
@@ -43,7 +43,7 @@ class Bench:
     """What one peer has open: by its key, a problem and a function that works on it."""
 
     def __init__(self, name: str) -> None:
-        self.adapter = importlib.import_module(f"benchmarks.peers.adapters.{name}")
+        self.adapter = importlib.import_module(f"peers.adapters.{name}")
         self.open_work: dict[str, tuple[Any, Callable[[], Any]]] = {}
         self.last_seconds: dict[str, float] = {}
 

@@ -11,12 +11,12 @@ import boat_torch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.adapters import NoSuchMethod, Vector, plain_optimizer
-from benchmarks.peers.cleaning import INNER_LR, Cleaning, Watch
-from benchmarks.peers.problems import Problem
+from peers.adapters import NoSuchMethod, Vector, plain_optimizer
+from peers.cleaning import INNER_LR, Cleaning, Watch
+from peers.problems import Problem
 
 DISTRIBUTION = "boat-torch"
-MODULE = "benchmarks.peers.adapters.boat_losses"
+MODULE = "peers.adapters.boat_losses"
 
 
 def implicit(problem: Problem, method: str, **settings: Any) -> Callable[[], Tensor]:

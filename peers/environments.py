@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".venv-peers"
 CONSTRAINTS = ROOT / "constraints.txt"
 
