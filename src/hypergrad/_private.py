@@ -41,12 +41,12 @@ def is_batch_of_cotangents(tensor: Tensor) -> bool:
 
 
 def whole_batch(tensor: Tensor) -> Tensor:
-    """All of such a batch as a plain tensor; ``torch.vmap`` can do it, but not for these."""
+    """All of a batch of cotangents as a plain tensor, which ``torch.vmap`` cannot give here."""
     return torch._remove_batch_dim(tensor, 1, 0, 0)
 
 
 def as_batch(tensor: Tensor) -> Tensor:
-    """The reverse of :func:`whole_batch`."""
+    """The inverse of :func:`whole_batch`."""
     return torch._add_batch_dim(tensor, 0, 1)
 
 

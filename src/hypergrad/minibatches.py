@@ -68,8 +68,7 @@ class Averaged:
     def parts(self) -> Iterator[tuple[float, Objective]]:
         """Yield weight and objective of each batch.
 
-        Raises:
-            ValueError: there is no batch, or a weight is not a finite number above 0.
+        It raises ``ValueError`` if there is no batch, or a weight is not a finite number above 0.
         """
         empty = True
         for batch in self.batches:

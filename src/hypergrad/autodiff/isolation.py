@@ -189,7 +189,7 @@ def own_parameters_refused() -> AbstractContextManager[None]:
 
 @contextmanager
 def own_parameters_meant() -> Iterator[None]:
-    """Allow such modules inside; the caller has set θ as their own parameters."""
+    """Allow modules of ``fully_shard`` inside, whose own parameters the caller has set to θ."""
     outside = _this_thread.meant
     _this_thread.meant = True
     try:

@@ -177,7 +177,7 @@ def _leads_to(node: Node, inputs: Sequence[Tensor]) -> bool:
 
 
 def _missing_derivative(message: str) -> str | None:
-    """Return the operation that an error of the autograd engine blames, if it is such an error."""
+    """The operation that an error of the autograd engine blames; ``None`` for other errors."""
     named = re.search(r"derivative for '?([\w:.]+?)'? is not implemented", message)
     if named:
         return named[1]

@@ -1,4 +1,4 @@
-"""Modules as θ or φ: an objective calls the module, which has other parameters meanwhile."""
+"""Modules as θ or φ: an objective calls the module, which then runs with other parameters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ Function = Callable[..., Any]
 def parameters_of(given: Tree | nn.Module, name: str) -> Tree:
     """The parameters of a module that require gradients, by their names; a tree as it is.
 
-    Raises:
-        ValueError: a module has no such parameter.
+    It raises ``ValueError`` if a module has no such parameter.
     """
     if not isinstance(given, nn.Module):
         return given
@@ -117,5 +116,5 @@ class _Call(nn.Module):
         self.modules_by_name = nn.ModuleDict(modules)
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's value: not by ``forward``, since this is no module that a user calls."""
+        """Return what the module returns."""
         return self.function(*arguments)

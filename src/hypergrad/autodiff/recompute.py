@@ -24,7 +24,7 @@ class Computation(Protocol):
 
     @property
     def name(self) -> str:
-        """Such as "step 3"."""
+        """What to call the computation in errors, such as "step 3"."""
 
     def __call__(self, inputs: Any, buffers: Buffers, *, twice: bool) -> Any:
         """Return the outputs, any tree; gradients are enabled in the second run only.

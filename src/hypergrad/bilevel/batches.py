@@ -91,7 +91,7 @@ class Stream:
         self.return_to(self.state_dict())
 
     def state_dict(self) -> dict[str, int]:
-        """Seed, pass and position."""
+        """The seed, the pass and the position in it."""
         return {"seed": self._seed, "epoch": self.epoch, "position": self.position}
 
     def check_state(self, state: Any) -> None:

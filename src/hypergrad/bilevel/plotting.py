@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# More lines than these are not told apart by their colours.
+# With more lines than this, colours do not distinguish them.
 _NAMED = 10
 
 

@@ -16,7 +16,7 @@ from hypergrad.tree import Tree
 
 # A residual this many times that of x = 0 does not become small again.
 _DIVERGED = 1e8
-# The iteration stagnates if the best residual falls by less than 1 % in so many iterations.
+# The iteration stagnates if 50 iterations reduce the best residual by less than 1 %.
 _PATIENCE = 50
 
 
