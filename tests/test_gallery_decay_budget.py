@@ -13,16 +13,16 @@ import hypergrad as hg
 
 
 def test_with_hundreds_of_decays_only_the_gradient_uses_them(tmp_path: Path) -> None:
-    _, tables = run(tmp_path, "decay_budget", "--problem", "digits", "--budget=2000")
+    _, tables = run(tmp_path, "decay_budget", "--problem", "digits", "--budget=1000")
     (rows,) = tables.values()
     searches = {row["search"]: row for row in rows}
     assert set(searches) == set(decay_budget.SEARCHES)
     for blind in ("Optuna, all decays", "random, all decays"):
         for method in ("CG", "CG, damped by 1 / (η T)", "Nyström, rank 10", "Neumann, 10 terms"):
             assert searches[method]["validation loss"] < searches[blind]["validation loss"] - 0.05
-        assert searches[blind]["φ evaluated"] == 19
+        assert searches[blind]["φ evaluated"] == 9
     # An unrolled outer step costs what two others do and more.
-    assert 2 * searches["unrolled"]["φ evaluated"] < searches["CG"]["φ evaluated"] <= 20
+    assert 2 * searches["unrolled"]["φ evaluated"] < searches["CG"]["φ evaluated"] <= 10
 
 
 def test_damping_stands_for_training_that_ended_early() -> None:

@@ -23,21 +23,21 @@ def test_ours_and_the_floor_go_through_every_workload(tmp_path, capsys):
     content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "c", "d_sgd", "d_adam"}
     assert tables | {"d_profile", "e", "f_time", "f_memory"} == set(content["tables"])
-    assert_both_have_times(content, tmp_path, capsys.readouterr().out)
+    assert_both_have_times(content, ["a", "d_sgd", "d_adam"], tmp_path, capsys.readouterr().out)
     assert {path.name for path in tmp_path.glob("*.png")} >= {"peers_error.png", "peers_growth.png"}
 
 
-def test_ours_and_the_floor_go_through_two_workloads(tmp_path, capsys):
-    arguments = ["--quick", "--peers", "ours,floor", "--only", "a,d", "--output", str(tmp_path)]
+def test_ours_and_the_floor_go_through_a_workload(tmp_path, capsys):
+    arguments = ["--quick", "--peers", "ours,floor", "--only", "a", "--output", str(tmp_path)]
     program.main(arguments)
     content = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
-    tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom", "d_sgd", "d_adam", "d_profile"}
+    tables = {"goals", "a", "a_profile", "b_neumann", "b_nystrom"}
     assert tables == set(content["tables"])
-    assert_both_have_times(content, tmp_path, capsys.readouterr().out)
+    assert_both_have_times(content, ["a"], tmp_path, capsys.readouterr().out)
 
 
-def assert_both_have_times(content, folder, out):
-    for name in ("a", "d_sgd", "d_adam"):
+def assert_both_have_times(content, names, folder, out):
+    for name in names:
         rows = content["tables"][name]["rows"]
         assert {row[""].split(",")[0] for row in rows} == {"hypergrad (here)", "PyTorch"}
         assert all(row["ms"] > 0.0 and row["remark"] == "" for row in rows)

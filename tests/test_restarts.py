@@ -23,7 +23,7 @@ DEADLINE = 900.0
 @pytest.mark.skipif(os.name != "posix", reason="torchrun and SIGKILL")
 def test_a_run_with_a_killed_rank_ends_as_one_without(tmp_path):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "--max-restarts", "1", restarted.__file__, str(tmp_path),
     ]  # fmt: skip
     log = tmp_path / "log"
