@@ -38,6 +38,7 @@ from tqdm import tqdm
 import hypergrad as hg
 import report
 
+Method = hg.LinearSolver | hg.Implicit
 Rows = tuple[Tensor, Tensor]  # features, shape (m, d), and labels −1 and 1, shape (m,)
 
 # --- your part ------------------------------------------------------------------------------------
@@ -90,9 +91,9 @@ class Problem:
         model.fit(*(part.numpy() for part in self.train), sample_weight=weights.numpy())
         return torch.cat([torch.from_numpy(model.intercept_), torch.from_numpy(model.coef_[0])])
 
-    def influence(self, w: Tensor, method: hg.LinearSolver | None = None) -> hg.Hypergradient:
+    def influence(self, w: Tensor, method: Method) -> hg.Hypergradient:
         """Of each training row on g: one linear solve."""
-        return hg.hypergradient(self.inner, self.outer, w, self.ones, method=method or hg.CG())
+        return hg.hypergradient(self.inner, self.outer, w, self.ones, method=method)
 
     def influence_on_each(self, w: Tensor, rows: Rows) -> Tensor:
         """Of each training row on the loss of each of ``rows``, ``(rows, n)``: one block solve."""
@@ -115,15 +116,15 @@ def compare(problem: Problem, w: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
     # ρ is the decay, so that the sketch need only be of the rest of the Hessian.
     rest = partial(hg.operators.hessian, replace(problem, decay=0.0).inner)
     nystrom = hg.Nystrom(rank, rho=problem.decay, test="gaussian")
-    methods: dict[str, dict[str, Any]] = {
-        "Dense": {"solver": hg.Dense()},
-        "CG": {"solver": hg.CG(rtol=1e-6)},
-        f"Nyström of rank {rank}": {"solver": nystrom, "curvature": rest},
-        "Identity": {"solver": hg.Identity()},
+    methods: dict[str, Method] = {
+        "Dense": hg.Dense(),
+        "CG": hg.CG(rtol=1e-6),
+        f"Nyström of rank {rank}": hg.Implicit(nystrom, curvature=rest),
+        "Identity": hg.Identity(),
     }
     exact = problem.influence(w, hg.Dense()).grads
-    for name, options in methods.items():
-        result, ms = timed(partial(problem.influence, w, **options))
+    for name, method in methods.items():
+        result, ms = timed(partial(problem.influence, w, method))
         error = float((result.grads - exact).norm() / exact.norm())
         cost = {"CPU ms": ms, "products with H": result.solve.matvecs, "relative error": error}
         rows.append({"method": name, **cost, **agreement(-result.grads, changes.mean(1))})
