@@ -26,7 +26,6 @@ from hypergrad.bilevel.plotting import plot
 from hypergrad.bilevel.problem import InnerOptimizer, Level, Problem
 from hypergrad.bilevel.solver import BilevelSolver
 from hypergrad.implicit.hypergradient import Implicit
-from hypergrad.unrolling.hypergradient import Unrolled
 
 __all__ = [
     "CSV",
@@ -53,6 +52,5 @@ __all__ = [
     "TableFile",
     "TensorBoard",
     "Timer",
-    "Unrolled",
     "plot",
 ]
