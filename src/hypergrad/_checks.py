@@ -203,8 +203,8 @@ def check_dependence(gradients: Sequence[Tensor | None], name: str) -> None:
     if all(grad is None for grad in gradients):
         raise ValueError(
             f"{name} must depend on the inner parameters, got a value that does not; compute it "
-            "from the params argument, without detaching (a module: pass it as params, and call the "
-            "one that the objective gets)"
+            "from the params argument, without detaching (a module: pass it as params, and call "
+            "what the objective gets)"
         )
 
 
