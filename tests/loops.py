@@ -104,6 +104,7 @@ def digits_solver(method: Any, workers: int = 0, **options: Any) -> hg.BilevelSo
         "outer_loader": loader(slice(300, None)),
         "inner_optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "outer_optimizer": torch.optim.Adam(list(decay.values()), lr=0.05),
+        "inner_functional": False,
         "seed": 0,
     } | options
     return hg.BilevelSolver(

@@ -375,7 +375,7 @@ def test_modules_keep_buffers_and_frozen_parameters_apart() -> None:
 
     def objective(net: Any, decay: Tensor, batch: Any) -> Tensor:
         X, y = batch
-        assert net.module is frozen
+        assert net is frozen
         misfit = (net(X)[:, 0] - y).square().mean()
         return misfit + decay.exp() * net[1].weight.square().sum()
 

@@ -189,6 +189,82 @@ def test_another_module_in_an_objective_is_left_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+def test_a_mode_that_one_objective_sets_is_not_that_of_the_other() -> None:
+    model = network()
+
+    def validates(net: nn.Module, phi: Tensor) -> Tensor:
+        net.eval()
+        return g(net, phi)
+
+    inner, outer = on_dictionaries(model)
+    params = {k: p.detach() for k, p in model.named_parameters()}
+
+    def trains(params: Any, phi: Tensor) -> Tensor:
+        model.train()
+        return inner(params, phi)
+
+    def evaluates(params: Any, phi: Tensor) -> Tensor:
+        model.eval()
+        return outer(params, phi)
+
+    found = []
+    for case in ((f, validates, model), (trains, evaluates, params)):
+        torch.manual_seed(1)
+        with pytest.warns(hg.HypergradWarning, match="outer reads the buffer"):
+            result = hg.hypergradient(
+                *case, PHI, method=hg.Implicit(hg.Dense(), damping=5.0), verify="always"
+            )
+        found.append(result.grads)
+        assert model.training is (case[0] is f)
+        model.train()
+    assert torch.equal(*found)
+
+
+def test_the_module_is_itself_and_may_be_checkpointed_as_a_whole() -> None:
+    model = network().eval()
+    sequential = nn.Sequential(model.first, model.head)
+
+    def inner(net: nn.Sequential, phi: Tensor) -> Tensor:
+        assert isinstance(net, nn.Sequential)
+        assert len([*net]) == len(net) == 2
+        outputs = checkpoint(net, X, use_reentrant=False)[:, 0]
+        decay = torch.stack([p.square().sum() for p in net.parameters()]).sum()
+        return (outputs - Y).square().mean() + phi.exp().sum() * decay
+
+    def plain(net: nn.Sequential, phi: Tensor) -> Tensor:
+        decay = torch.stack([p.square().sum() for p in net.parameters()]).sum()
+        return (net(X)[:, 0] - Y).square().mean() + phi.exp().sum() * decay
+
+    def outer(net: nn.Sequential, phi: Tensor) -> Tensor:
+        return (net[1](net[0](X))[:, 0] - 0.5 * Y).square().mean()
+
+    for method in METHODS.values():
+        if isinstance(method, hg.Unrolled) and not isinstance(method.steps, int):
+            continue
+        if isinstance(method, hg.Implicit) and method.mode == "compiled":
+            continue
+        grads = [
+            hg.hypergradient(objective, outer, sequential, PHI, method=method).grads
+            for objective in (inner, plain)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+def test_modules_that_share_parameters_are_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="hparams must be apart from params"):
+        hg.hypergradient(f, g, model, model.head)
+
+
+def test_a_problem_on_modules_is_verified_once() -> None:
+    model, statuses = network().eval(), []
+    for _ in range(2):
+        method = hg.Implicit(damping=5.0)
+        statuses.append(hg.hypergradient(f, g, model, PHI, method=method).verification)
+    assert statuses[0] is not None
+    assert statuses[1] is None
+
+
 def test_check_takes_a_module() -> None:
     model = network().eval()
     report = hg.check(f, g, model, PHI)
@@ -202,7 +278,7 @@ def test_the_loop_calls_the_objectives_with_the_modules_themselves() -> None:
     seen: set[int] = set()
 
     def inner(net: nn.Module, phi: Tensor, rows: Any) -> Tensor:
-        seen.add(id(net.module))
+        seen.add(id(net))
         return f(net, phi, rows)
 
     solver = hg.BilevelSolver(

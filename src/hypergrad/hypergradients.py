@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hypergrad._checks import check_choice, check_objective, check_tree, given
 from hypergrad.autodiff.evaluation import Objective
-from hypergrad.autodiff.modules import parameters_of
+from hypergrad.autodiff.modules import modes_put_back, parameters_of
 from hypergrad.implicit.hypergradient import Implicit, implicit_hypergradient
 from hypergrad.linsolve import CG, LinearSolver
 from hypergrad.linsolve.base import OnFailure
@@ -89,18 +89,20 @@ def hypergradient(
         tensor(-1.1250)
     """
     chosen: Implicit | Unrolled = with_modules(as_method(method), params, hparams)
+    modules = params, hparams
     inner, outer, params, hparams = on_trees(inner, outer, params, hparams)
     check_choice(on_failure, "on_failure", get_args(OnFailure))
     check_choice(verify, "verify", get_args(Verify))
-    if isinstance(chosen, Implicit):
+    if x0 is not None and isinstance(chosen, Unrolled):
+        raise ValueError("x0 must be None with hg.Unrolled, which solves no linear system")
+    with modes_put_back(*modules):
+        if isinstance(chosen, Unrolled):
+            return unrolled_hypergradient(
+                chosen, inner, outer, params, hparams, on_failure=on_failure, verify=verify
+            )
         return implicit_hypergradient(
             chosen, inner, outer, params, hparams, x0=x0, on_failure=on_failure, verify=verify
         )
-    if x0 is not None:
-        raise ValueError("x0 must be None with hg.Unrolled, which solves no linear system")
-    return unrolled_hypergradient(
-        chosen, inner, outer, params, hparams, on_failure=on_failure, verify=verify
-    )
 
 
 def as_method(method: Any) -> Implicit | Unrolled:

@@ -30,6 +30,7 @@ from hypergrad.autodiff.isolation import (
     RandomState,
     buffer_in_use,
     buffers_are_differentiable,
+    buffers_are_in_place,
     own_parameters_are_meant,
 )
 from hypergrad.autodiff.statistics import DifferentiableStatistics
@@ -151,6 +152,7 @@ class _Recomputation:
         with ExitStack() as stack:
             stack.enter_context(self._random_state.replayed())
             stack.enter_context(checkpoints_followed())
+            stack.enter_context(buffers_are_in_place())
             if self._twice:
                 stack.enter_context(twice_differentiable())
             if self._through_statistics:
@@ -203,11 +205,11 @@ class _Copy:
 def _kept(buffer: Tensor | None) -> Any:
     if buffer is None:
         return buffer
-    if buffer.requires_grad:
+    value = buffer_in_use(buffer)
+    if value.requires_grad:
         # An argument of the caller's, or a buffer that this run may change.
         copied = buffers_are_differentiable()
-        return _Copy(buffer.detach().clone().requires_grad_()) if copied else buffer
-    value = buffer_in_use(buffer)
+        return _Copy(value.detach().clone().requires_grad_()) if copied else value
     # Layers that are checkpointed one by one share the copies.
     version = 0 if value.is_inference() else value._version
     if value not in _copies or _copies[value][0] != version:

@@ -209,6 +209,17 @@ def buffer_in_use(buffer: Tensor) -> Tensor:
     return buffer if carried is None or _this_thread.inside_a_module else carried.start(buffer)
 
 
+@contextmanager
+def buffers_are_in_place() -> Iterator[None]:
+    """Let modules compute with the buffers that they hold, which are copies already."""
+    outside = _this_thread.inside_a_module
+    _this_thread.inside_a_module = True
+    try:
+        yield
+    finally:
+        _this_thread.inside_a_module = outside
+
+
 def buffers_are_differentiable() -> bool:
     """Whether modules that this thread calls leave buffers with the graph that made them."""
     return _this_thread.carried is not None and _this_thread.carried.differentiable

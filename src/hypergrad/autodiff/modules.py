@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from hypergrad.tree import Tree
@@ -31,46 +32,19 @@ def parameters_of(given: Tree | nn.Module, name: str) -> Tree:
     return tree
 
 
-class Parameters(dict[str, Tensor]):
-    """The parameters of a module by their names, which can be used as the module that has them.
-
-    An objective may take it for the module, as in ``net(x)``, ``net.head.weight`` and
-    ``net.parameters()``, or for a dictionary, as in ``params.items()`` and
-    ``functional_call(model, params, (x,))``.
-
-    Attributes:
-        module: the module. Its parameters are these while an objective is evaluated.
-    """
-
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns."""
-        return self.module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "module":  # not there yet, as in a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.module, name)
-
-    def __missing__(self, key: Any) -> Any:
-        """A part of a container, such as ``net[0]``."""
-        if isinstance(key, str) or not hasattr(self.module, "__getitem__"):
-            raise KeyError(key)
-        module: Any = self.module
-        return module[key]
-
-
 def on_modules(function: Function, params: Tree | nn.Module, hparams: Tree | nn.Module) -> Function:
     """``function`` as one of two trees, if it takes a module in the place of one of them.
 
+    Each call starts in the modes of now (``train()`` or ``eval()``), whatever another one has set.
+
     Args:
         function: takes what the caller gave as ``params`` and ``hparams``.
-        params: θ; where it is a module, ``function`` gets :class:`Parameters` of it, while the
-            tensors of a tree stand in the place of the module's own.
+        params: θ; where it is a module, ``function`` gets this module while the tensors of a
+            tree stand in the place of its parameters.
         hparams: φ, in the same way.
+
+    Raises:
+        ValueError: two modules have a parameter in common.
     """
     modules = {
         name: given
@@ -79,7 +53,24 @@ def on_modules(function: Function, params: Tree | nn.Module, hparams: Tree | nn.
     }
     if not modules:
         return function
-    return _OnModules(function, modules)
+    if len(modules) == 2:
+        inner = {id(parameter) for parameter in modules["params"].parameters()}
+        if any(id(parameter) in inner for parameter in modules["hparams"].parameters()):
+            raise ValueError("hparams must be apart from params, got modules that share parameters")
+    modes = {name: [part.training for part in each.modules()] for name, each in modules.items()}
+    return _OnModules(function, modules, modes)
+
+
+@contextmanager
+def modes_put_back(*given: Tree | nn.Module) -> Iterator[None]:
+    """Leave modules in the modes in which they were, ``train()`` or ``eval()``."""
+    modules = [each for each in given if isinstance(each, nn.Module)]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 # A dataclass, so that two of the same function and modules are seen to be the same objective.
@@ -87,10 +78,10 @@ def on_modules(function: Function, params: Tree | nn.Module, hparams: Tree | nn.
 class _OnModules:
     function: Function
     modules: dict[str, nn.Module]
-    _call: _Call = field(init=False, repr=False, compare=False)
+    modes: dict[str, list[bool]]
+    _call: ClassVar[_Call]  # of each object, but no part of what makes two of them equal
 
     def __post_init__(self) -> None:
-        # Not a cached property, whose lock the compiler cannot follow.
         object.__setattr__(self, "_call", _Call(self.function, self.modules))
 
     def __call__(self, params: Tree, hparams: Tree, *batch: Any) -> Any:
@@ -100,10 +91,11 @@ class _OnModules:
             for name in self.modules
             for key, tensor in trees[name].items()
         }
-        given = (
-            Parameters(self.modules[name], tree) if name in self.modules else tree
-            for name, tree in trees.items()
-        )
+        for name, module in self.modules.items():
+            for part, training in zip(module.modules(), self.modes[name], strict=False):
+                if part.training != training:
+                    part.training = training
+        given = (self.modules.get(name, tree) for name, tree in trees.items())
         return functional_call(self._call, tensors, (*given, *batch))
 
 
@@ -116,5 +108,5 @@ class _Call(nn.Module):
         self.modules_by_name = nn.ModuleDict(modules)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return what the module returns."""
+        """The function's value: not by ``forward``, since this is no module that a user calls."""
         return self.function(*arguments)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from hypergrad import tree as tr
 from hypergrad._saving import check_form, check_keys
+from hypergrad.autodiff.modules import modes_put_back
 from hypergrad.bilevel.batches import Stream
 from hypergrad.bilevel.history import Record
 from hypergrad.bilevel.methods.procedures import Procedure
@@ -126,6 +127,7 @@ class Loop:
         with (
             naming(lambda: f"outer step {self.outer_step} ({'; '.join(map(str, streams))})"),
             told_by_the_caller(),
+            modes_put_back(problem.params.module, problem.hparams.module),
         ):
             losses, estimate = self._procedure.advance(self._inner_steps)
             norm = self._outer.apply(estimate.grads, estimate.outer_value)

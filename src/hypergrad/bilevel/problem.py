@@ -42,8 +42,9 @@ class Level:
     Args:
         objective: ``f(params, hparams, batch)``, a scalar tensor, or ``(scalar, metrics)`` with a
             mapping from names to numbers. Its arguments are the parameters of the inner and of the
-            outer level, for both objectives. In the place of a module it gets the module, with the
-            parameters of the moment in it; else a tree like the one given.
+            outer level, for both objectives. A module comes as the module that was given, with the
+            parameters of the moment in it and in the mode of the time when the solver was made;
+            anything else as a tree like the one given.
         params: the parameters of this level: a module, whose parameters that require gradients are
             meant and whose buffers and modes are looked after; or any tree of leaf tensors.
             Changed in place.
@@ -56,6 +57,8 @@ class Level:
         clip: the largest norm of a gradient of this level. With ``hg.Unrolled()`` the clipping of
             inner gradients is differentiated too, see :class:`hypergrad.optimizers.Clipped`.
         batches: over how many batches the objective is averaged for a hypergradient.
+        functional: whether objectives get the dictionary of a module's parameters in the place of
+            the module, for ``torch.func.functional_call(model, params, ...)``.
 
     Raises:
         TypeError, ValueError: ``batches`` or ``clip`` of the wrong kind or out of its range.
@@ -68,6 +71,12 @@ class Level:
     scheduler: Any = None
     clip: float | None = None
     batches: int = 1
+    functional: bool = False
+
+    @property
+    def handed(self) -> Tree | nn.Module:
+        """What objectives get of this level: the module, or else a tree."""
+        return None if self.functional else self.params
 
     def __post_init__(self) -> None:
         check_count(self.batches, "batches")

@@ -90,7 +90,8 @@ class BilevelSolver:
             or fails on one stops on all. ``None``: this process alone.
         callbacks: what listens, see :class:`hypergrad.bilevel.Callback`.
         fields: the other fields of the levels, where these are objectives alone, each with the name
-            of its level: ``inner_optimizer=``, ``outer_loader=``, ``clip_inner=`` and so on.
+            of its level: ``inner_optimizer=``, ``outer_loader=``, ``clip_inner=`` and so on. Such a
+            level is ``functional``.
 
     Attributes:
         inner: the inner level, as it was given.
@@ -167,7 +168,10 @@ class BilevelSolver:
         inner = _unprepared(_level("inner", inner, params, fields), "inner")
         outer = _unprepared(_level("outer", outer, hparams, fields), "outer")
         if fields:
-            raise TypeError(f"BilevelSolver has no argument {next(iter(fields))!r}")
+            raise TypeError(
+                f"BilevelSolver has no argument {next(iter(fields))!r}; the method and "
+                "its options are method=, such as method=hg.Implicit(hg.CG(), damping=0.1)"
+            )
         device = None if device is None else torch.device(device)
         self._params = Variables(inner.params, "params", device)
         self._hparams = Variables(outer.params, "hparams", device)
@@ -190,7 +194,7 @@ class BilevelSolver:
             torch.manual_seed(seed)
         f, g = (
             Measured(
-                on_modules(level.objective, inner.params, outer.params),
+                on_modules(level.objective, inner.handed, outer.handed),
                 name, self.device, autocast, process_group,
             )
             for name, level in (("inner", inner), ("outer", outer))
@@ -203,7 +207,7 @@ class BilevelSolver:
             f, g, self._params, self._hparams, inner_stream, outer_stream, inner, outer, on_failure
         )
         # A curvature gets modules, as the objectives do.
-        method = with_modules(method, inner.params, outer.params)
+        method = with_modules(method, inner.handed, outer.handed)
         self._loop = Loop(
             problem,
             procedure(method, problem, inner_steps=inner_steps, restarts=restart is not None),
@@ -466,7 +470,7 @@ def _level(name: str, given: Any, params: Any, fields: dict[str, Any]) -> Any:
             f"{name} must be hg.Level(objective, params, optimizer, ...), or come with its params "
             f"and {name}_optimizer="
         )
-    return Level(given, params, **found)
+    return Level(given, params, **({"functional": True} | found))
 
 
 def _unprepared(level: Any, name: str) -> Level:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hypergrad import tree as tr
 from hypergrad.autodiff.evaluation import Objective, fresh_leaves
 from hypergrad.autodiff.isolation import Buffers, RandomState
+from hypergrad.autodiff.modules import modes_put_back
 from hypergrad.diagnosis.differences import directional_derivative
 from hypergrad.diagnosis.report import Finding, Report, Trial, UnrolledReport
 from hypergrad.hypergradients import Method, as_method, hypergradient, on_trees
@@ -128,9 +129,22 @@ def check(
     """
     generator = generator or torch.Generator().manual_seed(0)
     method = as_method(method)
+    modules = params, hparams
     inner, outer, params, hparams = on_trees(inner, outer, params, hparams)
-    if isinstance(method, Unrolled):
-        return _check_unrolled(method, inner, outer, params, hparams, generator)
+    with modes_put_back(*modules):
+        if isinstance(method, Unrolled):
+            return _check_unrolled(method, inner, outer, params, hparams, generator)
+        return _check_implicit(method, inner, outer, params, hparams, generator)
+
+
+def _check_implicit(
+    method: Implicit,
+    inner: Objective,
+    outer: Objective,
+    params: Tree,
+    hparams: Tree,
+    generator: torch.Generator,
+) -> Report:
     mode = method.mode
     operator = linearised(inner, params, hparams, mode=mode)
     size = tr.size(params)

@@ -20,7 +20,7 @@ from hypergrad._private import inside_a_transform
 from hypergrad.autodiff.evaluation import Objective, evaluate
 from hypergrad.autodiff.isolation import Buffers, RandomState, isolated_buffers
 from hypergrad.autodiff.kept_graph import leaves_of
-from hypergrad.autodiff.modules import parameters_of
+from hypergrad.autodiff.modules import modes_put_back, parameters_of
 from hypergrad.errors import HypergradWarning, warn
 from hypergrad.minibatches import Averaged, Sampled, bind, objective_on_modules, with_arguments
 from hypergrad.operators import Mode
@@ -127,11 +127,13 @@ def unroll(
         (tensor(0.5700), tensor(0.1900), tensor(5.4000))
     """
     inner = objective_on_modules(inner, params, hparams)
-    point = run(
-        objectives_of(inner, steps), optimizer, parameters_of(params, "params"),
-        parameters_of(hparams, "hparams"), Buffers(), memory=memory, truncate=truncate,
-        first_order=first_order, state=state, directions=directions, generator=generator, mode=mode,
-    )  # fmt: skip
+    with modes_put_back(params, hparams):
+        point = run(
+            objectives_of(inner, steps), optimizer, parameters_of(params, "params"),
+            parameters_of(hparams, "hparams"), Buffers(), memory=memory, truncate=truncate,
+            first_order=first_order, state=state, directions=directions, generator=generator,
+            mode=mode,
+        )  # fmt: skip
     return point if return_state else point[0]
 
 

@@ -32,7 +32,7 @@ from hypergrad.verification.moving_buffers import FirstRun
 _ROUNDINGS = 8.0
 # A difference whose rounding is a larger part than this of what it measures settles nothing.
 _RESOLVED = 0.05
-_CLEAR = 8e-4
+_CLEAR = 2e-4
 # float64, whose steps cross next to no kink.
 FINE = 1e-10
 # The second and third step, as parts of the first; and longer ones, which values need.

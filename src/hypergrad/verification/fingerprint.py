@@ -41,7 +41,7 @@ def fingerprint(anything: Any, depth: int = 0) -> Hashable:
         return kind, anything.ndim, str(anything.dtype)
     if isinstance(anything, bool):
         return kind, anything
-    if anything is None or isinstance(anything, (int, float, complex)):
+    if anything is None or isinstance(anything, (int, float, complex, slice)):
         return kind
     if isinstance(anything, (str, bytes)):
         return anything

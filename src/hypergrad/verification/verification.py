@@ -232,7 +232,11 @@ def verify_derivatives(
             "first": worst(
                 judged(line.slope_errors(), tolerance, resolve=False),
                 judged(line.curvature_errors(), 10.0 * tolerance, resolve=False, hopeless=kinks),
-                judged(line.outer_slope_errors(tr.divide(mixed, length)), 3.0 * tolerance),
+                judged(
+                    line.outer_slope_errors(tr.divide(mixed, length)),
+                    3.0 * tolerance,
+                    hopeless=kinks,
+                ),
             ),
             "mixed": judged(
                 line.product_errors(tr.divide(mixed, length), "mixed"), tolerance, hopeless=kinks

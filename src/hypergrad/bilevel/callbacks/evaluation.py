@@ -63,7 +63,7 @@ class Evaluation(Callback):
 
     def _means(self, solver: Solver, params: Any, hparams: Any) -> dict[str, float]:
         device = solver.device
-        function = on_modules(self._objective, solver.inner.params, solver.outer.params)
+        function = on_modules(self._objective, solver.inner.handed, solver.outer.handed)
         objective = Measured(function, self._name, device, solver.autocast)
         sums: dict[str, float] = {}
         total = 0.0
