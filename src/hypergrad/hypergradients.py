@@ -8,13 +8,13 @@ from typing import Any, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from hypergrad._checks import check_choice, check_objective, check_tree, given
+from hypergrad._checks import check_choice, given
 from hypergrad.autodiff.evaluation import Objective
-from hypergrad.autodiff.modules import modes_put_back, parameters_of
+from hypergrad.autodiff.modules import modes_put_back
 from hypergrad.implicit.hypergradient import Implicit, implicit_hypergradient
 from hypergrad.linsolve import CG, LinearSolver
 from hypergrad.linsolve.base import OnFailure
-from hypergrad.minibatches import objective_on_modules
+from hypergrad.minibatches import on_trees
 from hypergrad.results import Hypergradient
 from hypergrad.tree import Tree
 from hypergrad.unrolling.hypergradient import Unrolled, unrolled_hypergradient
@@ -90,7 +90,7 @@ def hypergradient(
     """
     chosen: Implicit | Unrolled = with_modules(as_method(method), params, hparams)
     modules = params, hparams
-    inner, outer, params, hparams = on_trees(inner, outer, params, hparams)
+    inner, outer, params, hparams = on_trees(params, hparams, inner=inner, outer=outer)
     check_choice(on_failure, "on_failure", get_args(OnFailure))
     check_choice(verify, "verify", get_args(Verify))
     if x0 is not None and isinstance(chosen, Unrolled):
@@ -132,21 +132,3 @@ def with_modules(method: Any, params: Tree | nn.Module, hparams: Tree | nn.Modul
         return curvature(first, hparams if isinstance(hparams, nn.Module) else h, *batch)
 
     return replace(method, curvature=of_modules)
-
-
-def on_trees(
-    inner: Any, outer: Any, params: Tree | nn.Module, hparams: Tree | nn.Module
-) -> tuple[Any, Any, Tree, Tree]:
-    """The same problem, checked, with the parameters of a module in the place of the module.
-
-    Raises:
-        TypeError, ValueError: an objective is no function, or a tree is empty or has a leaf that is
-            no floating-point tensor.
-    """
-    check_objective(inner, "inner")
-    check_objective(outer, "outer")
-    inner, outer = (objective_on_modules(f, params, hparams) for f in (inner, outer))
-    trees = parameters_of(params, "params"), parameters_of(hparams, "hparams")
-    check_tree(trees[0], "params")
-    check_tree(trees[1], "hparams")
-    return inner, outer, *trees

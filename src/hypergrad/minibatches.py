@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hypergrad._checks import check_number, check_objective
+from hypergrad._checks import check_number, check_objective, check_tree
 from hypergrad.autodiff.evaluation import Objective
 from hypergrad.autodiff.isolation import RandomState
-from hypergrad.autodiff.modules import on_modules
+from hypergrad.autodiff.modules import on_modules, parameters_of
 from hypergrad.tree import Tree
 
 BatchObjective: TypeAlias = Callable[[Tree, Tree, Any], Tensor]
@@ -144,6 +144,32 @@ def with_arguments(
         given = objective.objective
         return replace(objective, objective=lambda w, h, batch: given(*arguments(w, h), batch))
     return lambda w, h: objective(*arguments(w, h))
+
+
+def on_trees(
+    params: Tree | nn.Module, hparams: Tree | nn.Module, **objectives: Any
+) -> tuple[Any, ...]:
+    """Functions of what the caller gave as functions of trees, and the trees; checked.
+
+    Args:
+        params: θ, a tree or a module.
+        hparams: φ, a tree or a module.
+        objectives: the functions, by the names that errors call them.
+
+    Returns:
+        The functions in their order, and the trees: the parameters of a module in its place.
+
+    Raises:
+        TypeError, ValueError: an objective is no function, or a tree is empty or has a leaf that is
+            no floating-point tensor.
+    """
+    for name, objective in objectives.items():
+        check_objective(objective, name)
+    functions = [objective_on_modules(f, params, hparams) for f in objectives.values()]
+    trees = parameters_of(params, "params"), parameters_of(hparams, "hparams")
+    check_tree(trees[0], "params")
+    check_tree(trees[1], "hparams")
+    return *functions, *trees
 
 
 def objective_on_modules(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
 from torch.func import functional_call
@@ -57,20 +57,34 @@ def on_modules(function: Function, params: Tree | nn.Module, hparams: Tree | nn.
         inner = {id(parameter) for parameter in modules["params"].parameters()}
         if any(id(parameter) in inner for parameter in modules["hparams"].parameters()):
             raise ValueError("hparams must be apart from params, got modules that share parameters")
-    modes = {name: [part.training for part in each.modules()] for name, each in modules.items()}
-    return _OnModules(function, modules, modes)
+    return _OnModules(function, modules, modes_of(modules.values()))
+
+
+Modes: TypeAlias = Sequence[tuple[nn.Module, bool]]
+"""Parts of modules, and whether each is in training mode."""
+
+
+def modes_of(given: Iterable[Tree | nn.Module]) -> Modes:
+    """The mode of each part of the modules among ``given``."""
+    modules = [each for each in given if isinstance(each, nn.Module)]
+    return [(part, part.training) for module in modules for part in module.modules()]
+
+
+def put_in_modes(modes: Modes) -> None:
+    """Put each part into its mode."""
+    for part, training in modes:
+        if part.training != training:
+            part.training = training
 
 
 @contextmanager
-def modes_put_back(*given: Tree | nn.Module) -> Iterator[None]:
+def modes_put_back(*given: Tree | nn.Module) -> Iterator[Modes]:
     """Leave modules in the modes in which they were, ``train()`` or ``eval()``."""
-    modules = [each for each in given if isinstance(each, nn.Module)]
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    modes = modes_of(given)
     try:
-        yield
+        yield modes
     finally:
-        for part, training in modes:
-            part.training = training
+        put_in_modes(modes)
 
 
 # A dataclass, so that two of the same function and modules are seen to be the same objective.
@@ -78,7 +92,7 @@ def modes_put_back(*given: Tree | nn.Module) -> Iterator[None]:
 class _OnModules:
     function: Function
     modules: dict[str, nn.Module]
-    modes: dict[str, list[bool]]
+    modes: Modes
     _call: ClassVar[_Call]  # of each object, but no part of what makes two of them equal
 
     def __post_init__(self) -> None:
@@ -91,10 +105,7 @@ class _OnModules:
             for name in self.modules
             for key, tensor in trees[name].items()
         }
-        for name, module in self.modules.items():
-            for part, training in zip(module.modules(), self.modes[name], strict=False):
-                if part.training != training:
-                    part.training = training
+        put_in_modes(self.modes)
         given = (self.modules.get(name, tree) for name, tree in trees.items())
         return functional_call(self._call, tensors, (*given, *batch))
 

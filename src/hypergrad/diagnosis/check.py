@@ -17,7 +17,7 @@ from hypergrad.autodiff.isolation import Buffers, RandomState
 from hypergrad.autodiff.modules import modes_put_back
 from hypergrad.diagnosis.differences import directional_derivative
 from hypergrad.diagnosis.report import Finding, Report, Trial, UnrolledReport
-from hypergrad.hypergradients import Method, as_method, hypergradient, on_trees
+from hypergrad.hypergradients import Method, as_method, hypergradient
 from hypergrad.implicit.hypergradient import Implicit
 from hypergrad.linsolve import (
     CG,
@@ -32,6 +32,7 @@ from hypergrad.linsolve import (
     extreme_eigenvalues,
     sufficient_damping,
 )
+from hypergrad.minibatches import on_trees
 from hypergrad.operators import Damped, Hessian
 from hypergrad.operators.auto import linearised
 from hypergrad.operators.gradients import value_and_gradients
@@ -130,7 +131,7 @@ def check(
     generator = generator or torch.Generator().manual_seed(0)
     method = as_method(method)
     modules = params, hparams
-    inner, outer, params, hparams = on_trees(inner, outer, params, hparams)
+    inner, outer, params, hparams = on_trees(params, hparams, inner=inner, outer=outer)
     with modes_put_back(*modules):
         if isinstance(method, Unrolled):
             return _check_unrolled(method, inner, outer, params, hparams, generator)

@@ -9,12 +9,11 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor, nn
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_choice, check_objective, check_tree
+from hypergrad._checks import check_choice
 from hypergrad._private import inside_a_transform, is_batch_of_cotangents
 from hypergrad.autodiff.evaluation import Objective
-from hypergrad.autodiff.modules import parameters_of
 from hypergrad.errors import DoubleBackwardError, DoubleBackwardWarning, warn
-from hypergrad.minibatches import Averaged, Sampled, objective_on_modules
+from hypergrad.minibatches import Averaged, Sampled, on_trees
 from hypergrad.operators.averaged import AveragedHessian, SampledHessian
 from hypergrad.operators.compiled.hessian import CompiledHessian
 from hypergrad.operators.gradients import Shared
@@ -59,12 +58,7 @@ def hessian(
         tensor([ 6., 12.])
     """
     check_choice(mode, "mode", get_args(Mode))
-    check_objective(inner, "inner")
-    inner = objective_on_modules(inner, params, hparams)
-    params, hparams = parameters_of(params, "params"), parameters_of(hparams, "hparams")
-    check_tree(params, "params")
-    check_tree(hparams, "hparams")
-    return linearised(inner, params, hparams, mode=mode)
+    return linearised(*on_trees(params, hparams, inner=inner), mode=mode)
 
 
 def linearised(inner: Objective, params: Tree, hparams: Tree, *, mode: Mode) -> Hessian:

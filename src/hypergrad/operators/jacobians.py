@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad import tree as tr
-from hypergrad._checks import check_dependence, check_objective, check_structure, check_tree
+from hypergrad._checks import check_dependence, check_structure
 from hypergrad.autodiff.evaluation import evaluate_outputs, filled, fresh_leaves, leaving_no_trace
 from hypergrad.autodiff.isolation import RandomState
 from hypergrad.autodiff.kept_graph import check_differentiable, pull_back, pull_back_block
-from hypergrad.autodiff.modules import on_modules, parameters_of
+from hypergrad.minibatches import on_trees
 from hypergrad.operators.base import LinearOperator
 from hypergrad.operators.modes import default_chunk_size
 from hypergrad.tree import Tree
@@ -46,11 +46,7 @@ class Jacobian:
         hparams: Tree | nn.Module,
         name: str,
     ) -> None:
-        check_objective(function, name)
-        function = on_modules(function, params, hparams)
-        params, hparams = parameters_of(params, "params"), parameters_of(hparams, "hparams")
-        check_tree(params, "params")
-        check_tree(hparams, "hparams")
+        function, params, hparams = on_trees(params, hparams, **{name: function})
         self.params = fresh_leaves(params)
         self.hparams = fresh_leaves(hparams)
         state = RandomState(params, hparams)

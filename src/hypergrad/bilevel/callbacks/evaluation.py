@@ -12,7 +12,7 @@ from torch import nn
 from hypergrad import tree as tr
 from hypergrad._checks import check_count, check_number, check_objective
 from hypergrad.autodiff.isolation import RandomState, isolated_buffers
-from hypergrad.autodiff.modules import on_modules
+from hypergrad.autodiff.modules import modes_put_back, on_modules, put_in_modes
 from hypergrad.bilevel.batches import to_device
 from hypergrad.bilevel.callbacks.base import Callback, Solver
 from hypergrad.bilevel.history import Record
@@ -82,11 +82,6 @@ class Evaluation(Callback):
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     """Put modules into evaluation mode, and all their parts back into their mode afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for part, _ in modes:
-        part.training = False
-    try:
+    with modes_put_back(*modules) as modes:
+        put_in_modes([(part, False) for part, _ in modes])
         yield
-    finally:
-        for part, training in modes:
-            part.training = training
